@@ -1,0 +1,142 @@
+"""A layer call in flight: its parts, one per worker (and chunk), and where each of them stands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from cluster import wire
+from cluster.plan import Plan, Route
+from cluster.transport import Link, Slot
+
+PENDING, SENT, DONE, COMBINED = range(4)
+
+
+class Part:
+    """The tokens of one call that go to one shard in one message."""
+
+    __slots__ = (
+        "avoid", "call", "failures", "link", "num_tokens", "overdue_ns", "plan", "result", "route", "rows", "slot",
+        "source", "state",
+    )  # fmt: skip
+
+    def __init__(self, call: Call, plan: Plan, route: Route, rows: slice | np.ndarray, num_tokens: int) -> None:
+        self.call = call
+        self.plan = plan
+        self.route = route
+        self.rows = rows  # of the call's output
+        self.num_tokens = num_tokens
+        self.state = PENDING
+        self.link: Link | None = None
+        self.slot: Slot | None = None  # held until the answer was used or the part moved elsewhere
+        self.source: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None  # x, weights, local ids when in no slot
+        self.result: torch.Tensor | None = None  # the answer, when it had to leave its slot
+        self.overdue_ns = 0
+        self.avoid: set[Link] = set()
+        self.failures: list[str] = []
+
+    def inputs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """x_tD, weights_tK and local ids_tK of this part, wherever they are now."""
+        if self.source is not None:
+            return self.source
+        assert self.slot is not None
+        return self.slot.arrays(self.num_tokens)[:3]
+
+    def partial(self) -> torch.Tensor:
+        """The worker's answer, [t, D]."""
+        if self.result is not None:
+            return self.result
+        assert self.slot is not None
+        return self.slot.tensors(self.num_tokens)[2]
+
+    def let_go(self) -> None:
+        """Give the slot back, or leave it behind as a zombie if its answer is still to come."""
+        slot, link = self.slot, self.link
+        self.slot = None
+        if slot is not None and link is not None and link.alive and slot.owner is self:
+            link.abandon(slot)
+
+    def leave_slot(self) -> None:
+        """Copy what is still needed out of the slot, so that another part may have it."""
+        if self.state == DONE:
+            self.result = self.partial().clone()
+        else:
+            x, weights, ids = self.inputs()
+            self.source = (x.copy(), weights.copy(), ids.copy())
+        self.let_go()
+
+
+class Call:
+    """One start() that was not finished yet."""
+
+    __slots__ = (
+        "check_ns",
+        "deadline_ns",
+        "disjoint",
+        "layer",
+        "next_part",
+        "num_open",
+        "num_tokens",
+        "on_host",
+        "parts",
+        "trouble",
+    )
+
+    def __init__(self, layer: int, num_tokens: int, on_host: bool, check_ns: int, deadline_ns: int) -> None:
+        self.layer = layer
+        self.num_tokens = num_tokens
+        self.on_host = on_host  # x came in host memory, and so must out
+        self.check_ns = check_ns  # when some part may be overdue, or the call's time is up
+        self.deadline_ns = deadline_ns
+        self.parts: list[Part] = []
+        self.num_open = 0  # parts without an answer
+        self.next_part = 0  # the first that is not combined yet: the order of combining is that of `parts`
+        self.disjoint = False  # no two parts share a row and each covers all its rows' choices: copy instead of add
+        self.trouble = False  # some part is PENDING, or overdue
+
+
+@dataclass(slots=True)
+class Counters:
+    """Plain integers, incremented by the engine's thread. rows_: rows of x, once for each message they are part of."""
+
+    calls: int = 0
+    tokens: int = 0
+    messages: int = 0
+    whole_calls: int = 0  # taken by the fast path: one worker holds the layer
+    rows_dispatched: int = 0
+    rows_combined: int = 0
+    rows_failed: int = 0
+    resent: int = 0
+    resplit: int = 0
+    expired: int = 0
+    errors: int = 0
+    refused_draining: int = 0
+    timeouts: int = 0
+    gather_ns: int = 0
+    send_ns: int = 0
+    wait_ns: int = 0
+    compute_ns: int = 0  # as the workers report it, summed over messages; so is queue_ns
+    queue_ns: int = 0
+    combine_ns: int = 0
+
+
+class Outbox:
+    """Numbers calls and posts parts to links."""
+
+    def __init__(self, attempt_ns: int) -> None:
+        self.counters = Counters()
+        self.attempt_ns = attempt_ns
+        self.budget_us = min(attempt_ns // 1000, wire.MAX_BUDGET_US)
+        self._last_call_id = 0
+
+    def post(self, part: Part, link: Link, slot: Slot, now_ns: int, budget_us: int) -> None:
+        """Publish a slot that the part's inputs were written to. The link still has to be rung."""
+        part.link, part.slot, part.source = link, slot, None
+        part.state = SENT
+        part.overdue_ns = now_ns + self.attempt_ns
+        self._last_call_id = call_id = self._last_call_id + 1
+        link.write_header(slot, call_id, part.call.layer, budget_us, now_ns)
+        link.post(slot)
+        self.counters.messages += 1

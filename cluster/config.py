@@ -1,0 +1,208 @@
+"""All settings of an application as one frozen tree, parsed once from the ``args`` mapping of ray-config.yaml.
+
+``Settings`` is the tree's root; ``EngineSettings`` and ``WorkerSettings`` belong to the two kinds of process. Field
+names are the keys of the YAML file, the text below each field is its documentation. Nothing here reads a clock, a file
+or the environment.
+"""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from cluster.errors import ConfigError
+
+Dtype = Literal["auto", "bfloat16", "float32"]
+
+
+def _number(default: Any, *, least: float | None = None, above: float | None = None) -> Any:
+    """A field with a lower bound: inclusive `least` or exclusive `above`, in the field's own unit."""
+    return field(default=default, metadata={"least": least, "above": above})
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """One vLLM engine: attention, gate, shared experts, sampling. None leaves the choice to Switchyard or vLLM."""
+
+    threads: int | None = _number(None, least=1)
+    """Cores that its kernels use. None: every core this process may run on."""
+    num_gpus: float | None = _number(None, least=0)
+    """GPUs reserved for each engine (Ray's num_gpus). None: 1 where PyTorch sees a GPU, else 0."""
+    max_model_len: int | None = _number(None, least=1)
+    """Longest prompt plus answer, in tokens. None: what the checkpoint's config.json allows."""
+    max_num_seqs: int = _number(64, least=1)
+    """Requests that are computed at the same time, a count; more wait in vLLM's queue."""
+    max_num_batched_tokens: int = _number(2048, least=1)
+    """Tokens in one forward step, a count; also the largest message to an expert worker."""
+    kv_cache_gib: float | None = _number(None, above=0)
+    """Memory of the paged KV cache, in GiB. None: vLLM's choice on a GPU, 1 GiB on a CPU (less if memory is short)."""
+    enforce_eager: bool = False
+    """Skip torch.compile: starts sooner, runs slower."""
+    log_prompts: bool = False
+    """Write prompts and answers to the engine's log. Off, because they belong to the users."""
+    vllm: Mapping[str, Any] = field(default_factory=dict)
+    """More arguments of vLLM's engine by their Python names, for example {seed: 1, quantization: fp8}."""
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """One expert worker: the experts of one shard."""
+
+    threads: int | None = _number(None, least=1)
+    """Threads of its kernels. None: this host's cores divided by `workers`, at least 1."""
+    num_gpus: float | None = _number(None, least=0)
+    """GPUs reserved for each worker (Ray's num_gpus). None: 1 where PyTorch sees a GPU, else 0."""
+    host: str = "127.0.0.1"
+    """Address its TCP port binds to. Engines on other hosts need one that they can reach."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The whole application."""
+
+    model: str
+    """Path of the checkpoint: a folder with config.json and *.safetensors, the same on every node."""
+    served_model_name: str | None = None
+    """The model's name in the HTTP API. None: the last part of `model`."""
+    dtype: Dtype = "auto"
+    """Precision of activations and of unquantised weights. auto: what config.json names (float32 becomes bfloat16)."""
+    workers: int = _number(2, least=1)
+    """Expert shards, a count: the experts of every layer are divided among so many workers."""
+    replicas: int = _number(1, least=1)
+    """Copies of each shard, a count."""
+    engines: int = _number(1, least=1)
+    """vLLM engines that share the workers, a count."""
+    expert_timeout_s: float = _number(30.0, above=0)
+    """Seconds that a layer call waits for a lost shard to return before its requests fail with 503."""
+    start_timeout_s: float = _number(3600.0, above=0)
+    """Seconds that engines and workers may take to become ready."""
+    worker_lost_after_s: float = _number(5.0, above=0)
+    """Seconds without a heartbeat after which the router takes a worker for gone (it sends one every second)."""
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    worker: WorkerSettings = field(default_factory=WorkerSettings)
+
+    def __post_init__(self) -> None:
+        if not self.model.strip():
+            raise ConfigError("model: is empty. Give the path of a checkpoint folder.")
+        if self.engine.max_num_seqs > self.engine.max_num_batched_tokens:
+            raise ConfigError(
+                f"engine.max_num_batched_tokens: {self.engine.max_num_batched_tokens} is less than "
+                f"engine.max_num_seqs ({self.engine.max_num_seqs}). Every running request needs one token per step."
+            )
+
+    @property
+    def name(self) -> str:
+        """The model's name in the HTTP API."""
+        return self.served_model_name or self.model.rstrip("/").rsplit("/", 1)[-1]
+
+
+def parse_settings(args: Mapping[str, Any]) -> Settings:
+    """Settings from the `args` mapping of ray-config.yaml. Raises ConfigError, naming the key, for anything else."""
+    if not isinstance(args, Mapping):
+        raise ConfigError(f"args: must be a mapping of settings, not {_kind(args)}.")
+    settings = _parse(Settings, args, "")
+    assert isinstance(settings, Settings)
+    return settings
+
+
+def to_args(settings: Settings) -> dict[str, Any]:
+    """The inverse of parse_settings: a plain mapping."""
+    return dataclasses.asdict(settings)
+
+
+def setting_names(cls: type = Settings, prefix: str = "") -> Iterator[str]:
+    """Every key as a dotted path, for example engine.max_model_len."""
+    for name, wanted in _hints(cls).items():
+        if dataclasses.is_dataclass(wanted):
+            yield from setting_names(typing.cast(type, wanted), f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _parse(cls: type, values: Mapping[str, Any], path: str) -> Any:
+    hints = _hints(cls)
+    for key in values:
+        if key not in hints:
+            raise ConfigError(_unknown(str(key), path))
+    fields = {item.name: item for item in dataclasses.fields(cls)}
+    for name, item in fields.items():
+        if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING and name not in values:
+            raise ConfigError(f"{path}{name}: is missing. It has no default.")
+    return cls(**{key: _convert(hints[key], value, path + key, fields[key].metadata) for key, value in values.items()})
+
+
+def _convert(wanted: Any, value: Any, path: str, metadata: Mapping[str, Any]) -> Any:
+    if dataclasses.is_dataclass(wanted):
+        if value is None:
+            value = {}
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path}: must be a mapping of settings, not {_kind(value)}.")
+        return _parse(typing.cast(type, wanted), value, path + ".")
+    if typing.get_origin(wanted) in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        wanted = next(kind for kind in typing.get_args(wanted) if kind is not type(None))
+    if typing.get_origin(wanted) is Literal:
+        return _choice(typing.get_args(wanted), value, path)
+    if typing.get_origin(wanted) is Mapping:
+        return _mapping(value, path)
+    return _in_range(_scalar(wanted, value, path), path, metadata)
+
+
+def _scalar(wanted: type, value: Any, path: str) -> Any:
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+        names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+        raise ConfigError(f"{path}: must be {names[wanted]}, not {_kind(value)}.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{path}: must be a finite number, not {value}.")
+    return value
+
+
+def _in_range(value: Any, path: str, metadata: Mapping[str, Any]) -> Any:
+    least, above = metadata.get("least"), metadata.get("above")
+    if least is not None and value < least:
+        raise ConfigError(f"{path}: is {value}, must be {least} or more.")
+    if above is not None and value <= above:
+        raise ConfigError(f"{path}: is {value}, must be more than {above}.")
+    return value
+
+
+def _choice(choices: tuple[Any, ...], value: Any, path: str) -> Any:
+    if value in choices:
+        return value
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise ConfigError(f"{path}: {value!r} is not one of {', '.join(choices)}.{hint}")
+
+
+def _mapping(value: Any, path: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ConfigError(f"{path}: must be a mapping with text keys, not {_kind(value)}.")
+    return dict(value)
+
+
+def _unknown(key: str, path: str) -> str:
+    """Names the nearest valid key, wherever in the tree it is."""
+    last_of = {name: name.rsplit(".", 1)[-1] for name in setting_names()}
+    exact = [name for name, last in last_of.items() if last == key.replace("-", "_")]
+    near = difflib.get_close_matches(key, last_of.values(), n=1, cutoff=0.0)
+    nearest = exact or [name for name, last in last_of.items() if last == near[0]]
+    same_level = [name for name in nearest if name.startswith(path) and "." not in name[len(path) :]]
+    return f"{path}{key}: there is no such setting. The nearest is {(same_level or nearest)[0]}."
+
+
+def _kind(value: Any) -> str:
+    names = {str: "text", bool: "true/false", int: "a whole number", float: "a number", list: "a list"}
+    names |= {dict: "a mapping", type(None): "nothing"}
+    kind = names.get(type(value), type(value).__name__)
+    return f"{kind} ({value!r})" if isinstance(value, str | bool | int | float) else kind

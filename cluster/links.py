@@ -1,0 +1,297 @@
+"""The dispatcher's connections: kept equal to the newest routing table, opened off the engine's thread.
+
+update() runs in a feed's thread; short-lived daemon threads connect; everything else belongs to the engine's thread,
+which absorbs what they prepared at its next layer call, or while it waits for a replica.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import threading
+import time
+from collections.abc import Callable
+
+from cluster.connect import connect
+from cluster.errors import Closed, DataPlaneError, InvalidTable, Refused
+from cluster.plan import Plan
+from cluster.routing import Replica, ReplicaState, RoutingTable
+from cluster.transport import Handler, Link, OnReply
+from cluster.wire import Agreement
+
+_LOG = logging.getLogger(__name__)
+_CONNECT_TIMEOUT_S = 2.0
+_FIRST_ATTEMPT_WAIT_S = 0.25
+_RETRY_S = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+
+OnDown = Callable[[Link, Exception], None]
+
+
+class Links:
+    """Owns the plan, the links and the epoll that watches them."""
+
+    def __init__(self, agreement: Agreement, engine_id: str, secret: bytes, on_reply: OnReply, on_down: OnDown) -> None:
+        self._agreement = agreement
+        self._engine_id = engine_id
+        self._secret = secret
+        self._on_reply = on_reply
+        self._on_down = on_down
+        self.plan: Plan | None = None
+        self.by_replica: dict[
+            Replica, Link
+        ] = {}  # key: the replica as if ONLINE, so that a change of state keeps its link
+        self.retired: list[Link] = []
+        self.has_news = False  # set last by other threads, read first by the engine's
+        self.num_lost = 0
+        self._late_of_closed = 0
+        self.refusals: dict[str, str] = {}
+        self._changed = threading.Condition()
+        self._next_table: RoutingTable | None = None
+        self._newest: RoutingTable | None = None
+        self._fresh: list[Link] = []
+        self._connecting: dict[Replica, int] = {}  # replica -> attempts so far
+        self._known: set[Replica] = set()  # replicas with a link, seen from other threads
+        self._closed = False
+        self._handlers: dict[int, tuple[Handler, Link | None]] = {}
+        self._epoll = select.epoll()
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._epoll.register(self._wake, select.EPOLLIN | select.EPOLLET)
+        self._handlers[self._wake] = (_ignore, None)
+
+    # -- any thread -----------------------------------------------------------------------------------------------
+
+    def update(self, table: RoutingTable) -> None:
+        """Connect to what is new, then publish the table. Returns at once for an older or equal epoch.
+
+        Blocks (not the engine) until every new replica was tried once, or, after 0.25 s, as soon as each shard has one.
+        """
+        table.validate()
+        with self._changed:
+            if self._closed:
+                raise Closed("dispatcher")
+            if self._newest is not None:
+                if table.epoch <= self._newest.epoch:
+                    return
+                _require_same_model(self._newest, table)
+            self._newest = table
+            self.refusals = {}
+            for replica in _online(table):
+                self._connect_soon(replica)
+            begin_s = time.monotonic()
+            while self._newest is table and not self._closed and self._should_wait(table, time.monotonic() - begin_s):
+                self._changed.wait(0.05)
+            if self._newest is table:
+                self._next_table = table
+                self._announce()
+
+    def _should_wait(self, table: RoutingTable, waited_s: float) -> bool:
+        untried = [r for r in _online(table) if self._connecting.get(r) == 0]
+        if not untried or waited_s >= _CONNECT_TIMEOUT_S:
+            return False
+        served = {r.shard_id for r in self._known if r in _online(table)}
+        return waited_s < _FIRST_ATTEMPT_WAIT_S or len(served) < len(table.shards)
+
+    def _announce(self) -> None:
+        self.has_news = True
+        self._changed.notify_all()
+        if not self._closed:
+            os.eventfd_write(self._wake, 1)
+
+    def _connect_soon(self, replica: Replica) -> None:
+        """Start a thread that connects to a replica until it succeeds or the table drops it. Needs the lock."""
+        if replica in self._connecting or replica in self._known or self._closed:
+            return
+        self._connecting[replica] = 0
+        name = f"switchyard-connect-{replica.replica_id}"
+        threading.Thread(target=self._keep_connecting, args=(replica,), name=name, daemon=True).start()
+
+    def _keep_connecting(self, replica: Replica) -> None:
+        attempt = 0
+        while True:
+            link = self._try_connect(replica)
+            with self._changed:
+                attempt += 1
+                self._connecting[replica] = attempt
+                if link is not None and not self._closed:
+                    self._known.add(replica)
+                    self._fresh.append(link)
+                wanted = not self._closed and self._newest is not None and replica in _online(self._newest)
+                if link is not None or not wanted or replica.replica_id in self.refusals:
+                    del self._connecting[replica]
+                    if link is not None and self._closed:
+                        link.close()
+                    self._announce()
+                    return
+                self._changed.notify_all()
+                self._changed.wait(_RETRY_S[min(attempt - 1, len(_RETRY_S) - 1)])
+
+    def _try_connect(self, replica: Replica) -> Link | None:
+        table = self._newest
+        shard = next((s for s in table.shards if s.shard_id == replica.shard_id), None) if table else None
+        if table is None or shard is None:
+            return None
+        try:
+            return connect(
+                replica,
+                shard,
+                self._agreement,
+                self._engine_id,
+                table.model_fingerprint,
+                self._secret,
+                _CONNECT_TIMEOUT_S,
+            )
+        except Refused as e:
+            _LOG.error("replica %s refused us: %s", replica.replica_id, e)
+            self.refusals[replica.replica_id] = str(e)
+        except (DataPlaneError, OSError) as e:
+            _LOG.debug("replica %s: %s", replica.replica_id, e)
+        return None
+
+    # -- the engine's thread --------------------------------------------------------------------------------------
+
+    def absorb(self) -> None:
+        """Adopt the newest published table and the connections that were made since."""
+        with self._changed:
+            self.has_news = False
+            table, self._next_table = self._next_table, None
+            fresh, self._fresh = self._fresh, []
+        for link in fresh:
+            self._install(link)
+        if table is not None:
+            self.plan = Plan(table)
+        self._refill_routes()
+
+    def _install(self, link: Link) -> None:
+        self.by_replica[link.replica] = link
+        link.on_reply = self._on_reply
+        link.epoll = self._epoll
+        for fd, events, handler in link.handlers():
+            self._handlers[fd] = (handler, link)
+            self._epoll.register(fd, events)
+
+    def _refill_routes(self) -> None:
+        """Make every route's links those of the plan's ONLINE replicas; retire links that the table no longer has."""
+        if self.plan is None:
+            return
+        listed = {_key(r): r.state for r in self.plan.table.replicas if r.state is not ReplicaState.GONE}
+        for route in self.plan.routes.values():
+            route.links = []
+        for key, link in list(self.by_replica.items()):
+            state = listed.get(key)
+            if state is None:
+                self._retire(key, link)
+            elif state is ReplicaState.ONLINE:
+                self.plan.routes[key.shard_id].links.append(link)
+
+    def _retire(self, key: Replica, link: Link) -> None:
+        newest = self._newest
+        if newest is not None and key in {_key(r) for r in newest.replicas if r.state is not ReplicaState.GONE}:
+            return  # connected for a table that is not published yet
+        del self.by_replica[key]
+        with self._changed:
+            self._known.discard(key)
+        link.retired = True
+        self.retired.append(link)
+        self.close_idle_retired()
+
+    def close_idle_retired(self) -> None:
+        """Close retired links on which nobody waits for an answer."""
+        for link in self.retired[:]:
+            if not any(slot.owner is not None for slot in link.busy):
+                self.retired.remove(link)
+                self._close(link)
+
+    def poll(self, timeout_s: float) -> None:
+        """Wait for replies, lost workers or news, up to `timeout_s`, and hand them on."""
+        for fd, events in self._epoll.poll(timeout_s, 16):
+            entry = self._handlers.get(fd)
+            if entry is None:
+                continue
+            handler, link = entry
+            try:
+                handler(events)
+            except (DataPlaneError, OSError) as e:
+                assert link is not None
+                self.lose(link, e)
+
+    def lose(self, link: Link, error: Exception) -> None:
+        """A link is dead: its open calls are news for the dispatcher, and a new connection is tried at once."""
+        if not link.alive:
+            return
+        self.num_lost += 1
+        _LOG.warning("lost replica %s (%s): %s", link.replica.replica_id, type(error).__name__, error)
+        self._on_down(link, error)
+        self._close(link)
+        if link in self.retired:
+            self.retired.remove(link)
+            return
+        key = link.replica
+        del self.by_replica[key]
+        self._refill_routes()
+        with self._changed:
+            self._known.discard(key)
+            if self._newest is not None and key in _online(self._newest):
+                self._connect_soon(key)
+
+    def _close(self, link: Link) -> None:
+        if link.alive:
+            for fd, _, _ in link.handlers():
+                self._handlers.pop(fd, None)
+            self._late_of_closed += link.num_late_replies
+        link.close()
+
+    def peek(self, link: Link) -> None:
+        """Look for replies in shared memory without waiting for a doorbell."""
+        try:
+            link.peek()
+        except DataPlaneError as e:
+            self.lose(link, e)
+
+    def num_late_replies(self) -> int:
+        """Answers that came after their call was abandoned, and were dropped."""
+        return self._late_of_closed + sum(link.num_late_replies for link in self.all())
+
+    def all(self) -> list[Link]:
+        return [*self.by_replica.values(), *self.retired]
+
+    def close(self) -> None:
+        """Close everything; connecting threads end by themselves within their timeout."""
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = True
+            self._changed.notify_all()
+            fresh, self._fresh = self._fresh, []
+        for link in (*fresh, *self.all()):
+            self._close(link)
+        self.by_replica.clear()
+        self.retired.clear()
+        self._handlers.clear()
+        self._epoll.close()
+        os.close(self._wake)
+
+
+def _key(replica: Replica) -> Replica:
+    """The replica as if ONLINE: what a link is filed under."""
+    if replica.state is ReplicaState.ONLINE:
+        return replica
+    return Replica(
+        replica.replica_id, replica.shard_id, replica.endpoint, ReplicaState.ONLINE, replica.pid, replica.node
+    )
+
+
+def _online(table: RoutingTable) -> set[Replica]:
+    return {r for r in table.replicas if r.state is ReplicaState.ONLINE}
+
+
+def _require_same_model(old: RoutingTable, new: RoutingTable) -> None:
+    for name in ("model_fingerprint", "num_layers", "num_experts"):
+        if getattr(old, name) != getattr(new, name):
+            raise InvalidTable(
+                f"{name} changed from {getattr(old, name)} to {getattr(new, name)}; an engine serves one model"
+            )
+
+
+def _ignore(_events: int) -> None:
+    """Being woken is the news."""

@@ -1,0 +1,138 @@
+"""What a call does when a worker does not answer: ask another replica, wait for one, or give up in time."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from cluster.calls import COMBINED, DONE, PENDING, SENT, Call, Outbox, Part
+from cluster.combine import Accumulator
+from cluster.errors import ExpertsFailed, ExpertsUnavailable
+from cluster.links import Links
+from cluster.plan import Plan
+from cluster.transport import Link
+
+
+class Recovery:
+    """The slow path of a Dispatcher, in its thread, on its parts."""
+
+    def __init__(self, links: Links, outbox: Outbox, total: Accumulator) -> None:
+        self._links = links
+        self._outbox = outbox
+        self._counters = outbox.counters
+        self._sum = total
+
+    def mend(self, call: Call, now_ns: int, out_TD: torch.Tensor) -> None:
+        """Absorb news, take overdue parts back if somebody else can serve them, send what is pending.
+
+        Raises ExpertsUnavailable when the call's deadline has passed, ExpertsFailed when every replica's kernel raised.
+        """
+        if self._links.has_news:
+            self._links.absorb()
+        if now_ns >= call.deadline_ns:
+            self._counters.timeouts += 1
+            raise ExpertsUnavailable(self._why(call))
+        call.trouble = False
+        plan = self._links.plan
+        assert plan is not None
+        for part in call.parts[:]:
+            if part.state == SENT and now_ns >= part.overdue_ns:
+                self._take_back(part, plan, now_ns)
+            if part.state == PENDING:
+                self._send_again(part, plan, now_ns, out_TD)
+        call.check_ns = min([call.deadline_ns, *(p.overdue_ns for p in call.parts if p.state == SENT)])
+
+    def _take_back(self, part: Part, plan: Plan, now_ns: int) -> None:
+        """An overdue part becomes pending if another replica could take it now; else it goes on waiting."""
+        route = plan.find(part.call.layer, part.route.shard.experts)
+        assert part.link is not None
+        if route is not None and route.choose({*part.avoid, part.link}) is None:
+            part.overdue_ns = now_ns + max(self._outbox.attempt_ns // 4, 1_000_000)
+            return
+        part.source = part.inputs()  # read before the zombie's late reply can free the slot: within this mend()
+        part.state = PENDING
+        part.let_go()
+
+    def _send_again(self, part: Part, plan: Plan, now_ns: int, out_TD: torch.Tensor) -> None:
+        if part.plan is not plan:
+            route = plan.find(part.call.layer, part.route.shard.experts)
+            if route is None:
+                self._resplit(part, plan, now_ns, out_TD)
+                return
+            part.route, part.plan = route, plan
+        link = self._choose(part)
+        if link is not None:
+            self._move(part, link, now_ns)
+            return
+        part.call.trouble = True
+        if part.slot is not None or part.source is not None:
+            part.leave_slot()
+        if part.failures and all(other in part.avoid for other in part.route.links):
+            raise ExpertsFailed(f"layer {part.call.layer}: " + "; ".join(part.failures))
+
+    def _choose(self, part: Part) -> Link | None:
+        """Another replica than the last if possible; if slots are all that is missing, answers leave theirs."""
+        others = part.route.choose({*part.avoid, part.link} if part.link else part.avoid)
+        link = others or part.route.choose(part.avoid)
+        if link is not None:
+            return link
+        for link in part.route.links:
+            if link not in part.avoid:
+                for slot in link.busy[:]:
+                    if slot.answered and slot.owner is not None and slot.owner.state == DONE:
+                        slot.owner.leave_slot()
+                        return link
+        return None
+
+    def _move(self, part: Part, link: Link, now_ns: int) -> None:
+        """Copy a part's inputs into a slot of another link and send it."""
+        inputs, old_link, old_slot = part.inputs(), part.link, part.slot
+        slot = link.take(part, part.num_tokens)
+        for target, source in zip(slot.arrays(part.num_tokens)[:3], inputs, strict=True):
+            target[...] = source
+        if old_slot is not None and old_link is not None and old_link.alive:
+            old_link.abandon(old_slot)
+        left_us = (part.call.deadline_ns - now_ns) // 1000
+        self._outbox.post(part, link, slot, now_ns, min(left_us, self._outbox.budget_us))
+        link.ring()
+        self._counters.resent += old_link is not None
+
+    def _resplit(self, part: Part, plan: Plan, now_ns: int, out_TD: torch.Tensor) -> None:
+        """The part's shard is not in the new table: spread its rows over the shards that are."""
+        call, counters = part.call, self._counters
+        x, weights, local_ids = (a.copy() for a in part.inputs())
+        part.let_go()
+        if call.disjoint:
+            self._stop_copying(call, out_TD)
+        rows = np.arange(call.num_tokens)[part.rows]
+        at = call.parts.index(part)
+        call.num_open -= 1
+        counters.rows_dispatched -= part.num_tokens
+        counters.resplit += 1
+        new: list[Part] = []
+        for route, picked, ids in plan.layers[call.layer].split(part.route.global_ids[local_ids]):
+            take = slice(None) if picked is None else picked
+            piece = Part(call, plan, route, rows[take], len(ids))
+            piece.source = (x[take], weights[take], ids)
+            new.append(piece)
+            call.num_open += 1
+            counters.rows_dispatched += piece.num_tokens
+        call.parts[at : at + 1] = new
+        for piece in new:
+            self._send_again(piece, plan, now_ns, out_TD)
+
+    def _stop_copying(self, call: Call, out_TD: torch.Tensor) -> None:
+        """Rows may now get several partial sums: go over to adding, beginning with what was copied already."""
+        call.disjoint = False
+        self._sum.begin(call.num_tokens)
+        for part in call.parts:
+            if part.state == COMBINED:
+                self._sum.add(out_TD[part.rows], part.rows)
+
+    def _why(self, call: Call) -> str:
+        open_parts = [p for p in call.parts if p.state in (PENDING, SENT)]
+        shards = sorted({p.route.shard.shard_id for p in open_parts})
+        asked = sorted({p.link.replica.replica_id for p in open_parts if p.link is not None})
+        whom = f"asked {asked}" if asked else "no replica is there"
+        refusals = "".join(f"; {name}: {text}" for name, text in self._links.refusals.items())
+        return f"layer {call.layer}: shards {shards} did not answer in time ({whom}){refusals}"

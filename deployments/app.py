@@ -1,0 +1,130 @@
+"""The composition root: what runs, built from the ``args`` mapping of ray-config.yaml.
+
+build_app(args) -> Engine x engines  --handles-->  ExpertRouter  <--  ExpertWorker x workers x replicas
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from ray import serve
+from ray.serve import Application
+from ray.serve.schema import LoggingConfig
+
+from cluster.config import Settings, parse_settings, to_args
+from cluster.errors import ConfigError
+from cluster.placement import partition
+from deployments.engine import Engine
+from deployments.expert_router import ExpertRouter
+from deployments.expert_worker import ExpertWorker
+from model.expert_weights import is_expert_tensor
+from model.moe_spec import MoeSpec, inspect_checkpoint, read_header_or_raise, weight_files
+
+APP_NAME = "switchyard"
+ROUTER_NAME = "expert-router"
+ENGINE_NAME = "engine"
+DEMO_MODEL = "demo"
+
+# Long polls and heartbeats of every worker and engine are calls in progress at the router.
+_ROUTER_CALLS = 10_000
+# vLLM has its own queue; Serve shall not hold requests back.
+_ENGINE_CALLS = 10_000
+# A start that failed three times will fail again.
+_START_TRIES = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What build_app is going to start.
+
+    spec is None for a dense model, which needs no workers; the sizes are those of the checkpoint's tensors on disk.
+    """
+
+    settings: Settings
+    spec: MoeSpec | None
+    checkpoint_bytes: int
+    expert_bytes: int
+
+
+def make_plan(args: Mapping[str, Any]) -> Plan:
+    """Check everything that can be checked without starting anything. Raises ConfigError, saying what to do."""
+    settings = parse_settings(args)
+    settings = dataclasses.replace(settings, model=str(resolve_model(settings.model)), served_model_name=settings.name)
+    spec = inspect_checkpoint(settings.model, settings.dtype)
+    if spec is not None:
+        if settings.workers > spec.num_experts:
+            raise ConfigError(
+                f"workers: is {settings.workers}, but the model has {spec.num_experts} experts per layer. "
+                f"Use at most {spec.num_experts}."
+            )
+        partition(spec.num_layers, spec.num_experts, settings.workers)
+    return Plan(settings, spec, *_sizes(settings.model))
+
+
+def resolve_model(model: str) -> Path:
+    """The checkpoint's absolute path. "demo" is the model that comes with Switchyard; write ./demo for a folder."""
+    if model == DEMO_MODEL:
+        import model as model_package
+
+        return Path(model_package.__path__[0]).resolve() / "demo" / "checkpoint"
+    return Path(model).expanduser().resolve()
+
+
+def build_app(args: Mapping[str, Any]) -> Application:
+    """The Serve application. Raises ConfigError for settings that cannot work."""
+    plan = make_plan(args)
+    settings, spec = plan.settings, plan.spec
+    values = to_args(settings)
+    engine = _deployment(Engine, ENGINE_NAME, settings.engines, _gpus(settings.engine.num_gpus), _ENGINE_CALLS)
+    if spec is None:
+        return engine.bind(values, None, [])
+    router = _deployment(ExpertRouter, ROUTER_NAME, 1, 0, _ROUTER_CALLS).bind(
+        values, spec.fingerprint, spec.num_layers, spec.num_experts
+    )
+    worker_gpus = _gpus(settings.worker.num_gpus)
+    workers = [
+        _deployment(ExpertWorker, f"experts-{shard}", settings.replicas, worker_gpus, _ROUTER_CALLS).bind(
+            values, shard, router
+        )
+        for shard in range(settings.workers)
+    ]
+    return engine.bind(values, router, workers)
+
+
+def _sizes(model: str) -> tuple[int, int]:
+    """Bytes of all tensors of the checkpoint, and of its routed experts."""
+    total = experts = 0
+    for path in weight_files(Path(model)):
+        for name, entry in read_header_or_raise(path).items():
+            low, high = cast(tuple[int, int], entry["data_offsets"])
+            total += high - low
+            experts += (high - low) * is_expert_tensor(name)
+    return total, experts
+
+
+def _deployment(cls: type, name: str, num_replicas: int, num_gpus: float, max_calls: int) -> Any:
+    # No logical CPUs are reserved: kernels are bound to cores by deployments/cores.py, and two cores are enough.
+    actor_options = {"num_cpus": 0, "num_gpus": num_gpus}
+    return serve.deployment(
+        cls,
+        name=name,
+        num_replicas=num_replicas,
+        ray_actor_options=actor_options,
+        max_ongoing_requests=max_calls,
+        # A line for every heartbeat would bury everything else; HTTP requests of engines are worth theirs.
+        logging_config=LoggingConfig(enable_access_log=name == ENGINE_NAME),
+        max_constructor_retry_count=_START_TRIES,
+        health_check_period_s=2,
+        health_check_timeout_s=30,
+        graceful_shutdown_wait_loop_s=0.2,
+        graceful_shutdown_timeout_s=10,
+    )
+
+
+def _gpus(configured: float | None) -> float:
+    if configured is not None:
+        return configured
+    import torch
+
+    return 1.0 if torch.cuda.is_available() else 0.0

@@ -1,0 +1,64 @@
+"""Environment variables: what vLLM's processes are started with, and what a Ray Serve node needs."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from cluster.config import Settings
+from deployments.cores import omp_binding
+
+# How often an idle OpenMP thread looks for work before it sleeps (libgomp). Engine and workers take turns on the same
+# cores, so a thread that spins on, by default for milliseconds, takes them from the one whose turn it is. The engine
+# has many short parallel regions in a row, so its threads wait a little (about 0.1 ms); a worker has one per call.
+ENGINE_SPIN_COUNT = "5000"
+WORKER_SPIN_COUNT = "1000"
+
+
+def cache_folder() -> Path:
+    """Compiled kernels and graphs are kept here between starts: SWITCHYARD_CACHE, or .cache/switchyard at home."""
+    configured = os.environ.get("SWITCHYARD_CACHE")
+    return Path(configured) if configured else Path.home() / ".cache" / "switchyard"
+
+
+def quiet_environment() -> dict[str, str]:
+    """Nothing is reported to anybody and nothing is downloaded."""
+    return {
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+
+
+def engine_environment(settings: Settings, cores: Sequence[int]) -> dict[str, str]:
+    """For the processes of one vLLM engine on this host; what the user has set already wins over these."""
+    ranks = int(settings.engine.vllm.get("tensor_parallel_size", 1))
+    cache = cache_folder()
+    return {
+        **quiet_environment(),
+        "VLLM_CPU_OMP_THREADS_BIND": omp_binding(cores, ranks),
+        "VLLM_CACHE_ROOT": str(cache / "vllm"),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+        "VLLM_LOGGING_LEVEL": "INFO",
+        "GOMP_SPINCOUNT": ENGINE_SPIN_COUNT,
+        # On CPUs vLLM 0.32 saves ahead-of-time artifacts that it then fails to load, and compiles anew at every start
+        # (compilation/decorators.py calls finalize_loading on a plain function); Inductor's own cache works.
+        "VLLM_USE_AOT_COMPILE": "0",
+    }
+
+
+def feed_environment(settings: Settings, feed_address: str, secret_file: Path, engine_id: str) -> dict[str, str]:
+    """What turns remote experts on in vLLM's processes; read by model/remote_experts.py."""
+    return {
+        "SWITCHYARD_FEED": feed_address,
+        "SWITCHYARD_SECRET_FILE": str(secret_file),
+        "SWITCHYARD_ENGINE_ID": engine_id,
+        "SWITCHYARD_EXPERT_TIMEOUT_S": str(settings.expert_timeout_s),
+    }
+
+
+def apply_defaults(variables: Mapping[str, str]) -> None:
+    """Set the variables that are not set yet, for this process and those that it will start."""
+    for name, value in variables.items():
+        os.environ.setdefault(name, value)

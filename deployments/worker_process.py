@@ -1,0 +1,127 @@
+"""The child process that holds a shard's experts (model/worker_main.py), started and asked from its Serve replica."""
+
+import asyncio
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cluster.config import Settings
+from cluster.errors import ConnectionLost, SwitchyardError
+from cluster.routing import Shard
+from deployments.environment import WORKER_SPIN_COUNT
+
+_STOP_LIMIT_S = 5.0
+
+
+class WorkerFailed(SwitchyardError):
+    """The worker process could not load its experts; the message carries its own words."""
+
+
+class WorkerProcess:
+    """One worker process. start() once, then request(); stop() always."""
+
+    def __init__(self, on_stage: Callable[[str], None]) -> None:
+        self._on_stage = on_stage
+        self._process: asyncio.subprocess.Process | None = None
+        self._asking = asyncio.Lock()
+
+    async def start(
+        self, settings: Settings, shard: Shard, num_threads: int, secret: bytes, environment: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """Start it and wait until it serves: {"endpoint", "fingerprint", "memory_bytes"}. Raises WorkerFailed."""
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "model.worker_main",
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            env={**os.environ, **environment},
+        )
+        await self._send(
+            {
+                "model": settings.model,
+                "dtype": settings.dtype,
+                "shard": asdict(shard),
+                "secret": secret.hex(),
+                "num_threads": num_threads,
+                "max_tokens": settings.engine.max_num_batched_tokens,
+                "tcp_host": settings.worker.host,
+            }
+        )
+        while True:
+            message = await self._receive()
+            if "stage" in message:
+                self._on_stage(message["stage"])
+            elif "ready" in message:
+                ready: dict[str, Any] = message["ready"]
+                return ready
+            else:
+                raise WorkerFailed(message["failed"])
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process is not None and self._process.returncode is None
+
+    async def request(self, command: str) -> dict[str, Any]:
+        """Send a command of model/worker_main.py and return its answer. Raises ConnectionLost if it is gone."""
+        async with self._asking:
+            await self._send({"command": command})
+            return await self._receive()
+
+    async def stop(self) -> None:
+        """Let it finish what it has taken; kill it if that takes too long."""
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        assert process.stdin is not None
+        process.stdin.close()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), _STOP_LIMIT_S)
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+    async def _send(self, message: Mapping[str, Any]) -> None:
+        assert self._process is not None and self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+            await self._process.stdin.drain()
+        except (BrokenPipeError, ConnectionResetError):
+            raise ConnectionLost(f"worker process {self._process.pid} has ended") from None
+
+    async def _receive(self) -> dict[str, Any]:
+        assert self._process is not None and self._process.stdout is not None
+        line = await self._process.stdout.readline()
+        if not line:
+            status = await self._process.wait()
+            raise ConnectionLost(f"worker process {self._process.pid} has ended with status {status}")
+        message: dict[str, Any] = json.loads(line)
+        return message
+
+
+def kernel_environment(cores: Sequence[int]) -> dict[str, str]:
+    """What OpenMP reads when a worker process starts: as many threads as cores, each bound to its own.
+
+    vLLM's CPU kernels want PyTorch's libgomp loaded first, else two runtimes share the cores (vllm/platforms/cpu.py).
+    """
+    import torch
+
+    library = Path(torch.__file__).parent / "lib" / "libgomp.so.1"
+    preload = [os.environ.get("LD_PRELOAD", ""), str(library) if library.exists() else ""]
+    return {
+        "LD_PRELOAD": ":".join(path for path in preload if path),
+        "OMP_NUM_THREADS": str(len(cores)),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "GOMP_CPU_AFFINITY": " ".join(map(str, cores)),
+        "GOMP_SPINCOUNT": WORKER_SPIN_COUNT,
+    }

@@ -1,0 +1,1 @@
+"""The demo model: its network, its training, and the checkpoint itself."""

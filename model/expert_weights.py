@@ -1,0 +1,86 @@
+"""Which checkpoint tensors belong to routed experts, and reading only those that are wanted.
+
+Names follow the Hugging Face convention: a routed expert's tensor has `.experts.` in its name (a shared expert's has
+`.shared_expert(s).`), followed by the expert's number, or by a tensor that stacks all experts along its dimension 0.
+"""
+
+import json
+import re
+import struct
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+_EXPERT = re.compile(r"(?:^|\.)experts\.")
+_EXPERT_NUMBER = re.compile(r"((?:^|.*\.)experts\.)(\d+)(\..*)")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|h)\.(\d+)\.")
+
+
+def is_expert_tensor(name: str) -> bool:
+    """True when the checkpoint tensor belongs to a routed expert."""
+    return _EXPERT.search(name) is not None
+
+
+def read_header(path: Path) -> dict[str, dict[str, object]]:
+    """The safetensors header of `path`: tensor name -> {dtype, shape, data_offsets}; no tensor data is read.
+
+    Raises ValueError when the file is not safetensors (format: github.com/huggingface/safetensors, README "Format").
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if length > size - 8:
+            raise ValueError(f"{path} is not a complete safetensors file: its header claims {length} of {size} bytes")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise ValueError(f"{path} is not a safetensors file: {error}") from None
+    header.pop("__metadata__", None)
+    return header
+
+
+def moe_layer_indices(names: Iterable[str]) -> list[int]:
+    """Model layers that have routed experts, ascending; the position in this list is the MoE-layer ordinal."""
+    found = {int(match[1]) for name in names if is_expert_tensor(name) and (match := _LAYER.search(name))}
+    return sorted(found)
+
+
+def dense_weights(files: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor that is no routed expert's; experts' bytes are not read from disk."""
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+                if not is_expert_tensor(name):
+                    yield name, tensors.get_tensor(name)
+
+
+def hosted_weights(
+    files: Iterable[str], experts: Collection[int], num_experts: int
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors of the given experts, renumbered 0..len(experts)-1 in the order of `experts`; nothing else is read.
+
+    A stacked tensor (first dimension a multiple of num_experts) is sliced on disk: only the wanted rows are read.
+    """
+    local_of = {expert: local for local, expert in enumerate(experts)}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+                if not is_expert_tensor(name):
+                    continue
+                match = _EXPERT_NUMBER.fullmatch(name)
+                if match is None:
+                    yield name, _stacked_rows(tensors.get_slice(name), list(experts), num_experts)
+                elif int(match[2]) in local_of:
+                    yield f"{match[1]}{local_of[int(match[2])]}{match[3]}", tensors.get_tensor(name)
+
+
+def _stacked_rows(stacked, experts: list[int], num_experts: int) -> torch.Tensor:
+    """The experts' blocks of a tensor that stacks all experts along dim 0; metadata of another shape passes whole."""
+    shape = stacked.get_shape()
+    if not shape or shape[0] % num_experts:
+        return stacked[:]
+    rows = shape[0] // num_experts
+    return torch.cat([stacked[expert * rows : (expert + 1) * rows] for expert in experts])

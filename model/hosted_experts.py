@@ -1,0 +1,248 @@
+"""The worker's side: a shard's experts in memory, computed by vLLM's own kernels.
+
+The model is built by vLLM on the meta device, where it costs nothing. Only the RoutedExperts of the hosted layers get
+memory, and only for the hosted experts. To vLLM such a layer looks like one with few experts, numbered from 0, so no
+kernel needs an expert map and every quantisation that vLLM loads works here.
+
+Shapes: T tokens, D hidden, K chosen experts per token, P (token, expert) pairs.
+"""
+
+import copy
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig, get_current_vllm_config, set_current_vllm_config
+from vllm.distributed import init_distributed_environment, initialize_model_parallel
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from cluster.combine import Accumulator
+from cluster.errors import CheckpointError
+from cluster.routing import Shard
+from model.expert_weights import hosted_weights
+from model.moe_spec import MoeSpec, inspect_checkpoint
+from model.partial_loading import PartialLoader
+from model.replacement import replace_routed_experts
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class _Hosting:
+    """What the RoutedExperts under construction shall hold."""
+
+    shard: Shard
+    device: torch.device
+
+
+_hosting: _Hosting | None = None
+
+
+class _HostedMixin:
+    """Turns a RoutedExperts class into one that holds only the shard's experts, numbered from 0, in real memory."""
+
+    def __init__(self, layer_name, params_dtype, moe_config, quant_config, expert_map_manager, **kwargs):
+        assert _hosting is not None, "HostedExperts.load() builds these layers"
+        ordinal = len(get_current_vllm_config().compilation_config.static_all_moe_layers)
+        self.ordinal = ordinal
+        self.is_hosted = _hosting.shard.first_layer <= ordinal < _hosting.shard.end_layer
+        num_local = len(_hosting.shard.experts)
+        moe_config, expert_map_manager = copy.copy(moe_config), copy.copy(expert_map_manager)
+        moe_config.num_experts = moe_config.num_local_experts = moe_config.num_logical_experts = num_local
+        expert_map_manager.global_num_experts = expert_map_manager._local_num_experts = num_local
+        expert_map_manager._expert_map = expert_map_manager._expert_mask = None
+        device = _hosting.device if self.is_hosted else torch.device("meta")
+        with device:
+            super().__init__(
+                layer_name, params_dtype, moe_config, quant_config, expert_map_manager=expert_map_manager, **kwargs
+            )
+
+    def load_weights(self, weights):
+        return super().load_weights(weights) if self.is_hosted else iter(())
+
+
+def _vllm_config(model: str, dtype: str, max_tokens: int) -> VllmConfig:
+    arguments = EngineArgs(
+        model=model, dtype=dtype, enforce_eager=True, skip_tokenizer_init=True, max_num_batched_tokens=max_tokens
+    )
+    return arguments.create_engine_config()
+
+
+def _build_on_meta(config: VllmConfig, hosting: _Hosting) -> torch.nn.Module:
+    """The model with its weights on the meta device but for the hosted experts."""
+    global _hosting
+    _hosting = hosting
+    try:
+        replace_routed_experts(_HostedMixin)
+        with set_default_torch_dtype(config.model_config.dtype), torch.device("meta"):
+            return initialize_model(config)
+    finally:
+        _hosting = None
+
+
+class HostedExperts:
+    """The experts of one shard, ready to compute. One per process: it owns the process's vLLM state.
+
+    `layers` maps the MoE-layer ordinal to vLLM's layer; `memory_bytes` is what the experts' parameters take.
+    """
+
+    def __init__(self, spec: MoeSpec, shard: Shard, layers: dict[int, RoutedExperts]):
+        self.spec = spec
+        self.shard = shard
+        self.layers = layers
+        self.memory_bytes = sum(parameter.nbytes for layer in layers.values() for parameter in layer.parameters())
+        self._sum = Accumulator(spec.hidden_size, max_tokens=1)
+        self._direct = {ordinal: _direct_kernel(layer) for ordinal, layer in layers.items()}
+
+    @classmethod
+    def load(
+        cls, model: str, dtype: str, shard: Shard, num_threads: int, max_tokens: int, progress: Progress
+    ) -> "HostedExperts":
+        """Read the shard's experts of checkpoint folder `model` and prepare vLLM's kernels for them.
+
+        num_threads is the kernels' thread count; max_tokens the largest call. Raises CheckpointError when the
+        checkpoint has no such experts, or when vLLM's kernel for it cannot be separated from the gate.
+        """
+        spec = inspect_checkpoint(model, dtype)
+        if spec is None:
+            raise CheckpointError(f"{model} has no routed experts: a dense model needs no expert workers")
+        torch.cpu._init_amx()
+        torch.set_num_threads(num_threads)
+        current_platform.import_kernels()
+        progress("building the model's skeleton")
+        config = _vllm_config(model, dtype, max_tokens)
+        with set_current_vllm_config(config):
+            _init_single_process_groups()
+            skeleton = _build_on_meta(config, _Hosting(shard, torch.device(current_platform.device_type)))
+            progress(f"reading {len(shard.experts)} of {spec.num_experts} experts per layer")
+            layers = _load_layers(config, skeleton, spec, shard)
+        return cls(spec, shard, layers)
+
+    @torch.inference_mode()
+    def compute(
+        self,
+        layer: int,
+        x_TD: torch.Tensor,
+        weights_TK: torch.Tensor,
+        ids_TK: torch.Tensor,
+        out_TD: torch.Tensor,
+    ) -> None:
+        """Write each token's weighted sum over the experts it chose here into out_TD.
+
+        x and out have the spec's dtype, weights are float32, ids int32 local expert numbers or -1 for an expert that
+        lives elsewhere. Tensors are on the CPU; they are moved when the experts are on a GPU.
+        """
+        here = ids_TK.numpy() >= 0
+        if here.all():
+            self._forward(layer, x_TD, weights_TK, ids_TK, out_TD)
+        else:
+            self._forward_pairs(layer, x_TD, weights_TK, ids_TK, here, out_TD)
+
+    def _forward_pairs(self, layer, x_TD, weights_TK, ids_TK, here_TK: np.ndarray, out_TD) -> None:
+        """Kernels know no "elsewhere": run the pairs that are here as tokens of their own and add them up per token.
+
+        Taken column by column, so that within a column every token is named once. numpy, because torch's gathers and
+        index_add_ wake the thread pool for any size.
+        """
+        columns_P, rows_P = here_TK.T.nonzero()
+        pairs_PD = torch.empty((len(rows_P), x_TD.shape[1]), dtype=out_TD.dtype)
+        np.take(_bits(x_TD), rows_P, axis=0, out=_bits(pairs_PD), mode="clip")
+        weights_P1 = torch.from_numpy(weights_TK.numpy()[rows_P, columns_P].reshape(-1, 1))
+        ids_P1 = torch.from_numpy(ids_TK.numpy()[rows_P, columns_P].reshape(-1, 1))
+        partial_PD = torch.empty_like(pairs_PD)
+        if len(rows_P):
+            self._forward(layer, pairs_PD, weights_P1, ids_P1, partial_PD)
+        self._sum.begin(len(out_TD))
+        bounds = np.searchsorted(columns_P, np.arange(here_TK.shape[1] + 1))
+        for first, end in pairwise(bounds):
+            if first < end:
+                self._sum.add(partial_PD[first:end], rows_P[first:end])
+        self._sum.finish(out_TD)
+
+    def _forward(self, layer, x_TD, weights_TK, ids_TK, out_TD) -> None:
+        direct = self._direct[layer]
+        if direct is not None:
+            direct(out_TD, x_TD, weights_TK, ids_TK)
+            return
+        experts = self.layers[layer]
+        device = next(experts.parameters()).device
+        padding = experts.hidden_size - x_TD.shape[1]
+        x_TD = torch.nn.functional.pad(x_TD.to(device), (0, padding)) if padding else x_TD.to(device)
+        result_TD = experts.forward_modular(x_TD, weights_TK.to(device), ids_TK.to(device))
+        out_TD.copy_(result_TD[:, : out_TD.shape[1]])
+
+
+def _bits(x_TD: torch.Tensor) -> np.ndarray:
+    """The tensor's memory as a numpy array of elements of the same size; numpy has no bfloat16."""
+    return x_TD.numpy() if x_TD.dtype == torch.float32 else x_TD.view(torch.int16).numpy()
+
+
+def _direct_kernel(layer: RoutedExperts) -> Callable[..., None] | None:
+    """vLLM's unquantised CPU kernel called straight into `out`, saving a copy and its modular wrapper; else None."""
+    kernel = layer.quant_method.moe_kernel
+    experts = kernel.fused_experts if kernel is not None else None
+    if not isinstance(experts, CPUUnquantizedExperts) or layer.apply_router_weight_on_input:
+        return None
+
+    def run(out_TD, x_TD, weights_TK, ids_TK) -> None:
+        experts.apply(
+            out_TD,
+            x_TD,
+            layer.w13_weight,
+            layer.w2_weight,
+            weights_TK,
+            ids_TK,
+            activation=layer.activation,
+            global_num_experts=layer.global_num_experts,
+            expert_map=None,
+            a1q_scale=None,
+            a2_scale=None,
+            workspace13=None,
+            workspace2=None,
+            expert_tokens_meta=None,
+            apply_router_weight_on_input=False,
+        )
+
+    return run
+
+
+def _init_single_process_groups() -> None:
+    """vLLM layers ask for their parallel groups; a worker is alone in all of them.
+
+    They meet in a file: torch's TCP store would listen on every interface. Gloo listens where GLOO_SOCKET_IFNAME says
+    (deployments/worker_process.py).
+    """
+    with tempfile.TemporaryDirectory(prefix="switchyard-worker-") as folder:
+        init_distributed_environment(
+            world_size=1,
+            rank=0,
+            distributed_init_method=f"file://{folder}/store",
+            local_rank=0,
+            backend="gloo",
+        )
+        initialize_model_parallel()
+
+
+def _load_layers(config: VllmConfig, skeleton: Any, spec: MoeSpec, shard: Shard) -> dict[int, RoutedExperts]:
+    loader = PartialLoader(config.load_config, lambda files: hosted_weights(files, shard.experts, spec.num_experts))
+    skeleton.load_weights(loader.get_all_weights(config.model_config, skeleton))
+    routed = [module for module in skeleton.modules() if isinstance(module, RoutedExperts)]
+    layers = {module.ordinal: module for module in routed if module.is_hosted}
+    for layer in layers.values():
+        layer.quant_method.process_weights_after_loading(layer)
+        layer._ensure_moe_quant_config_init()
+        if layer.quant_method.is_monolithic:
+            raise CheckpointError(
+                f"vLLM's kernel {type(layer.quant_method).__name__} computes the gate itself, so these experts "
+                "cannot be served apart from the engine on this device"
+            )
+    return layers

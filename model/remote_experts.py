@@ -1,0 +1,222 @@
+"""The engine's side of an MoE layer: vLLM's RoutedExperts without weights, whose experts answer from expert workers.
+
+vLLM's RoutedExperts is a PluggableLayer, so registering a replacement under its name changes every model built with
+FusedMoEFactory. The gate, the shared experts and the all-reduce stay vLLM's. The remote call is a pair of opaque custom
+ops, which torch.compile steps over; shared experts run between them, while the workers compute.
+
+Shapes: T tokens, D hidden, K chosen experts per token.
+"""
+
+import functools
+import os
+from pathlib import Path
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExperts, SharedExpertsOrder
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from cluster.dispatcher import Dispatcher
+from cluster.feed import TableSubscriber
+from model import partial_loading
+from model.plugin import FEED_VARIABLE
+from model.replacement import replace_routed_experts
+
+logger = init_logger(__name__)
+
+# The workers of a large checkpoint may need this long to load it; the engine waits for them at its first layer call.
+STARTUP_TIMEOUT_S = 3600.0
+
+
+class EngineLink:
+    """This process's dispatcher and the feed that keeps its routing table current; made at the first layer call."""
+
+    def __init__(self, *, hidden_size: int, top_k: int, dtype: torch.dtype, max_tokens: int):
+        environment = os.environ
+        secret = Path(environment["SWITCHYARD_SECRET_FILE"]).read_bytes()
+        self.dispatcher = Dispatcher(
+            engine_id=environment["SWITCHYARD_ENGINE_ID"],
+            secret=secret,
+            hidden_size=hidden_size,
+            top_k=top_k,
+            dtype=dtype,
+            max_tokens=max_tokens,
+            expert_timeout_s=float(environment["SWITCHYARD_EXPERT_TIMEOUT_S"]),
+        )
+        self.subscriber = TableSubscriber(environment[FEED_VARIABLE], secret, self.dispatcher.update)
+        self.subscriber.wait_first(STARTUP_TIMEOUT_S)
+
+
+_link_made: EngineLink | None = None
+
+
+def _link(hidden_size: int, top_k: int, dtype: torch.dtype, max_tokens: int) -> EngineLink:
+    global _link_made
+    if _link_made is None:
+        _link_made = EngineLink(hidden_size=hidden_size, top_k=top_k, dtype=dtype, max_tokens=max_tokens)
+    return _link_made
+
+
+class LayerCallStats:
+    """Mixed into vLLM's worker (worker_extension_cls), so that collective_rpc can ask for the dispatcher's counters."""
+
+    def layer_call_stats(self) -> dict[str, int]:
+        """Dispatcher.stats() of this rank, integers only; {} before the first layer call."""
+        if _link_made is None:
+            return {}
+        return {name: value for name, value in _link_made.dispatcher.stats().items() if isinstance(value, int)}
+
+
+class RemoteMoEMethod(FusedMoEMethodBase):
+    """A quantisation method with no weights: apply() sends the tokens to the expert workers."""
+
+    def __init__(self, moe: FusedMoEConfig):
+        super().__init__(moe)
+        vllm_config = get_current_vllm_config()
+        # vLLM appends to this list after it has built each MoE layer, in model order.
+        self._ordinal = len(vllm_config.compilation_config.static_all_moe_layers)
+        self._max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+
+    @property
+    def mk_can_overlap_shared_experts(self) -> bool:
+        return True
+
+    @property
+    def is_monolithic(self) -> bool:
+        return False
+
+    @property
+    def topk_indices_dtype(self) -> torch.dtype | None:
+        return torch.int32
+
+    def create_weights(self, layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype, **extra):
+        """Creates none: that is the point."""
+
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:
+        return FusedMoEQuantConfig.make()
+
+    def apply(
+        self,
+        layer: RoutedExperts,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: SharedExperts | None,
+        shared_experts_input: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Weighted sum over each token's K experts. x [T, D], topk_weights [T, K], topk_ids [T, K] -> [T, D]."""
+        weights_TK = topk_weights.to(torch.float32)
+        if shared_experts is None:
+            return torch.ops.switchyard.remote_experts(x, weights_TK, topk_ids, self._ordinal, self._max_tokens)
+        ticket = torch.ops.switchyard.remote_start(x, weights_TK, topk_ids, self._ordinal, self._max_tokens)
+        shared_experts(shared_experts_input, order=SharedExpertsOrder.MK_INTERNAL_OVERLAPPED)
+        # The shared output is named as an input so that no compiler moves the waiting before the overlapped work.
+        shared_TD = shared_experts._output[shared_experts._output_idx]
+        return torch.ops.switchyard.remote_finish(ticket, x, shared_TD, topk_ids.shape[1], self._max_tokens)
+
+
+class _RemoteMixin:
+    """Turns a RoutedExperts class into one that holds and loads nothing."""
+
+    def _get_quant_method(self, prefix, quant_config, moe_config) -> FusedMoEMethodBase:
+        return RemoteMoEMethod(moe_config)
+
+    def load_weights(self, weights):
+        """Drops whatever it is given: expert weights belong to the workers."""
+        for _ in weights:
+            pass
+        return iter(())
+
+
+def _own_rows(num_tokens: int) -> slice:
+    """The token rows this tensor-parallel rank dispatches; vLLM's all-reduce adds the ranks' outputs."""
+    rank, size = _tensor_parallel()
+    return slice(num_tokens * rank // size, num_tokens * (rank + 1) // size)
+
+
+@functools.cache
+def _tensor_parallel() -> tuple[int, int]:
+    from vllm.distributed import get_tensor_model_parallel_world_size
+
+    return get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+
+
+def _start(x_TD: torch.Tensor, weights_TK: torch.Tensor, ids_TK: torch.Tensor, layer: int, max_tokens: int) -> int:
+    dispatcher = _link(x_TD.shape[1], ids_TK.shape[1], x_TD.dtype, max_tokens).dispatcher
+    if _tensor_parallel()[1] > 1:
+        rows = _own_rows(x_TD.shape[0])
+        x_TD, weights_TK, ids_TK = x_TD[rows], weights_TK[rows], ids_TK[rows]
+    return dispatcher.start(layer, x_TD, weights_TK, ids_TK)
+
+
+def _finish(ticket: int, x_TD: torch.Tensor, top_k: int, max_tokens: int) -> torch.Tensor:
+    dispatcher = _link(x_TD.shape[1], top_k, x_TD.dtype, max_tokens).dispatcher
+    if _tensor_parallel()[1] > 1:
+        out_TD = torch.zeros_like(x_TD)
+        dispatcher.finish(ticket, out_TD[_own_rows(x_TD.shape[0])])
+        return out_TD
+    out_TD = torch.empty_like(x_TD)
+    dispatcher.finish(ticket, out_TD)
+    return out_TD
+
+
+def _remote_experts(
+    x_TD: torch.Tensor, weights_TK: torch.Tensor, ids_TK: torch.Tensor, layer: int, max_tokens: int
+) -> torch.Tensor:
+    return _finish(_start(x_TD, weights_TK, ids_TK, layer, max_tokens), x_TD, ids_TK.shape[1], max_tokens)
+
+
+def _remote_experts_fake(
+    x_TD: torch.Tensor, weights_TK: torch.Tensor, ids_TK: torch.Tensor, layer: int, max_tokens: int
+) -> torch.Tensor:
+    return torch.empty_like(x_TD)
+
+
+def _remote_start(
+    x_TD: torch.Tensor, weights_TK: torch.Tensor, ids_TK: torch.Tensor, layer: int, max_tokens: int
+) -> torch.Tensor:
+    return torch.tensor([_start(x_TD, weights_TK, ids_TK, layer, max_tokens)], dtype=torch.int64, device="cpu")
+
+
+def _remote_start_fake(
+    x_TD: torch.Tensor, weights_TK: torch.Tensor, ids_TK: torch.Tensor, layer: int, max_tokens: int
+) -> torch.Tensor:
+    return torch.empty(1, dtype=torch.int64, device="cpu")
+
+
+def _remote_finish(
+    ticket: torch.Tensor, x_TD: torch.Tensor, shared_TD: torch.Tensor, top_k: int, max_tokens: int
+) -> torch.Tensor:
+    return _finish(int(ticket), x_TD, top_k, max_tokens)
+
+
+def _remote_finish_fake(
+    ticket: torch.Tensor, x_TD: torch.Tensor, shared_TD: torch.Tensor, top_k: int, max_tokens: int
+) -> torch.Tensor:
+    return torch.empty_like(x_TD)
+
+
+_library = torch.library.Library("switchyard", "FRAGMENT")
+
+
+def _register_ops() -> None:
+    for name, implementation, fake in (
+        ("remote_experts", _remote_experts, _remote_experts_fake),
+        ("remote_start", _remote_start, _remote_start_fake),
+        ("remote_finish", _remote_finish, _remote_finish_fake),
+    ):
+        direct_register_custom_op(op_name=name, op_func=implementation, fake_impl=fake, target_lib=_library)
+
+
+@functools.cache
+def register() -> None:
+    """Replace every RoutedExperts class in models that this process will build. Idempotent."""
+    _register_ops()
+    partial_loading.register()
+    replace_routed_experts(_RemoteMixin)
+    logger.info("Switchyard: routed experts are remote; this engine holds no expert weights")

@@ -1,0 +1,119 @@
+"""The process of one expert worker: `python -m model.worker_main`. Experts, kernels and the data plane, nothing else.
+
+A process of its own, because OpenMP takes its thread count, binding and spinning from the environment at start, and
+because no other thread shall hold the interpreter while a layer call waits.
+
+Its parent speaks JSON lines. On stdin, first the order (see Order), then commands; on stdout, reports:
+    stdin   {"model", "dtype", "shard": {..}, "secret": hex, "num_threads", "max_tokens", "tcp_host"}
+            {"command": "stats" | "drain"}
+    stdout  {"stage": text}          while loading
+            {"ready": {"endpoint": {..}, "fingerprint", "memory_bytes"}}
+            {"failed": text}         loading failed; the process exits
+            {"stats": {..}} {"drained": bool}    answers, in order; false if something taken was not answered in time
+End of stdin means that the parent is gone or wants it to stop: the worker answers what it has taken and exits.
+The secret comes by stdin so that it is in no environment, command line or file.
+"""
+
+import ctypes
+import dataclasses
+import json
+import os
+import signal
+import sys
+import threading
+import traceback
+from typing import Any, TextIO
+
+from cluster.errors import SwitchyardError
+from cluster.routing import Shard
+
+_DRAIN_LIMIT_S = 4.0  # less than the parent waits for the answer (deployments/expert_worker.py)
+
+
+def main() -> int:
+    """Load, report, serve until stdin ends. Exit status 0 after serving, 1 when loading failed."""
+    _die_with_parent()
+    reports = _take_stdout()
+    order = json.loads(sys.stdin.readline())
+
+    def report(**message: Any) -> None:
+        print(json.dumps(message, default=_plain), file=reports, flush=True)
+
+    try:
+        server, ready = _load(order, lambda stage: report(stage=stage))
+    # The top of this process: whatever stopped the loading is for the parent to tell, the traceback for the log.
+    except Exception as error:
+        traceback.print_exc()
+        report(failed=str(error) if isinstance(error, SwitchyardError) else f"{type(error).__name__}: {error}")
+        return 1
+    report(ready=ready)
+    threading.Thread(target=_obey, args=(server, report), daemon=True).start()
+    server.serve_forever()
+    return 0
+
+
+def _plain(value: Any) -> Any:
+    """numpy arrays and scalars as JSON."""
+    return value.tolist()
+
+
+def _die_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies, however that happens (prctl(2), PR_SET_PDEATHSIG)."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def _take_stdout() -> TextIO:
+    """Keep the real stdout for reports and send everything that libraries print to stderr."""
+    reports = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return reports
+
+
+def _load(order: dict[str, Any], progress) -> tuple[Any, dict[str, Any]]:
+    from cluster.server import ExpertServer
+    from model.hosted_experts import HostedExperts
+
+    shard = Shard(**{**order["shard"], "experts": tuple(order["shard"]["experts"])})
+    hosted = HostedExperts.load(
+        order["model"],
+        order["dtype"],
+        shard,
+        num_threads=order["num_threads"],
+        max_tokens=order["max_tokens"],
+        progress=progress,
+    )
+    spec = hosted.spec
+    server = ExpertServer(
+        compute=hosted.compute,
+        secret=bytes.fromhex(order["secret"]),
+        model_fingerprint=spec.fingerprint,
+        hidden_size=spec.hidden_size,
+        top_k=spec.top_k,
+        dtype=spec.dtype,
+        layers=range(shard.first_layer, shard.end_layer),
+        num_local_experts=len(shard.experts),
+        tcp_host=order["tcp_host"],
+        max_tokens=order["max_tokens"],
+    )
+    ready = {
+        "endpoint": dataclasses.asdict(server.endpoint),
+        "fingerprint": spec.fingerprint,
+        "memory_bytes": hosted.memory_bytes,
+    }
+    return server, ready
+
+
+def _obey(server: Any, report) -> None:
+    for line in sys.stdin:
+        command = json.loads(line)["command"]
+        if command == "stats":
+            report(stats=server.stats())
+        elif command == "drain":
+            server.drain()
+            report(drained=server.wait_drained(_DRAIN_LIMIT_S))
+    server.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""The ``switchyard`` command: a table of subcommands, each in a module of its own that is imported only when used.
+
+A subcommand's module has DESCRIPTION, add_arguments(parser) and run(arguments) -> exit status.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+
+from cluster.errors import ConfigError
+
+# name -> (module, one line for --help)
+COMMANDS = {
+    "serve": ("ops.serve", "start a model on this machine and serve it over HTTP"),
+    "bench": ("ops.bench", "measure against colocated vLLM, and make benchmark checkpoints"),
+    "version": ("ops.version", "print the versions of Switchyard and what it stands on"),
+}
+
+USAGE_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand. 0: done, 1: it failed, 2: something in the command or the settings is wrong."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    chosen = next((word for word in words if word in COMMANDS), None)
+    arguments = _parser(chosen).parse_args(words)
+    try:
+        return int(arguments.run(arguments))
+    except ConfigError as error:
+        print(f"switchyard: {error}", file=sys.stderr)
+        return USAGE_ERROR
+
+
+def _parser(chosen: str | None) -> argparse.ArgumentParser:
+    """Imports the chosen subcommand only, so that --help and mistakes are quick."""
+    parser = argparse.ArgumentParser(
+        prog="switchyard",
+        description="Serve mixture-of-experts models with the experts in workers of their own.",
+        epilog="switchyard COMMAND --help says more about one command.",
+    )
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (module_name, summary) in COMMANDS.items():
+        if importlib.util.find_spec(module_name) is None:
+            continue
+        if name != chosen:
+            commands.add_parser(name, help=summary)
+            continue
+        module = importlib.import_module(module_name)
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=module.DESCRIPTION,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

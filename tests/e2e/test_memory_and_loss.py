@@ -1,0 +1,112 @@
+"""What is where, by measured memory; and what happens to a request when the only worker of its experts is killed."""
+
+import contextlib
+import json
+import os
+import signal
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ops.bench.make_model import ModelShape, make_model
+from tests import golden
+from tests.serving import Serving
+
+pytestmark = pytest.mark.timeout(600)
+
+SMALL = golden.GOLDENS / "mixtral-tiny"
+SHAPE = ModelShape(hidden=512, expert=2048, layers=8, experts=8, top_k=2, heads=8, kv_heads=4, vocab=1024)
+EXPERT_BYTES = SHAPE.layers * SHAPE.experts * 3 * SHAPE.hidden * SHAPE.expert * 2  # bfloat16
+
+
+def deploy(serving: Serving, model: Path, workers: int) -> None:
+    serving.deploy(
+        {
+            "model": str(model),
+            "dtype": "bfloat16",
+            "workers": workers,
+            "engine": {"kv_cache_gib": 0.1, "enforce_eager": True, "max_model_len": 128},
+        }
+    )
+
+
+def private_bytes(serving: Serving, name: str, count: int) -> list[int]:
+    """Memory that belongs to each of the ``count`` processes of that name alone (USS), ascending.
+
+    Waits until there are as many: those of the deployment before end a moment after it is gone.
+    """
+    wait_until(lambda: len(_private_bytes(serving, name)) == count, f"{count} processes {name}")
+    return _private_bytes(serving, name)
+
+
+def _private_bytes(serving: Serving, name: str) -> list[int]:
+    found = []
+    for process in psutil.Process(serving.process_id).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if name in " ".join(process.cmdline()):
+                found.append(process.memory_full_info().uss)
+    return sorted(found)
+
+
+def test_engines_hold_no_expert_and_each_worker_its_share(serving: Serving, tmp_path: Path) -> None:
+    model = tmp_path / "random-mixtral"
+    make_model(model, SHAPE)
+    deploy(serving, SMALL, workers=2)
+    engine_before = private_bytes(serving, "VLLM::Worker", count=1)
+    worker_before = private_bytes(serving, "model.worker_main", count=2)
+    deploy(serving, model, workers=2)
+    engine_after = private_bytes(serving, "VLLM::Worker", count=1)
+    worker_after = private_bytes(serving, "model.worker_main", count=2)
+    assert engine_after[0] - engine_before[0] < 0.2 * EXPERT_BYTES
+    for before, after in zip(worker_before, worker_after, strict=True):
+        assert 0.45 * EXPERT_BYTES < after - before < 0.75 * EXPERT_BYTES
+
+
+def test_a_request_outlives_the_only_worker_of_its_experts(serving: Serving) -> None:
+    deploy(serving, SMALL, workers=2)
+    undisturbed = complete(serving, num_tokens=48)
+    table = serving.ask("status")["table"]
+    victim = table["replicas"][0]["pid"]
+    answers: list[str] = []
+    request = threading.Thread(target=lambda: answers.append(complete(serving, num_tokens=48)))
+    served = calls(serving)
+    request.start()
+    wait_until(lambda: calls(serving) > served, "the request has reached the workers")
+    os.kill(victim, signal.SIGKILL)
+    request.join(120)
+    assert answers == [undisturbed]
+    table_after = serving.ask("status")["table"]
+    assert victim not in [replica["pid"] for replica in table_after["replicas"]]
+    assert table_after["epoch"] > table["epoch"]
+
+
+def complete(serving: Serving, num_tokens: int) -> str:
+    body = {
+        "model": serving.model,
+        "prompt": [5, 6, 7, 8],
+        "max_tokens": num_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
+    request = urllib.request.Request(
+        f"{serving.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=120) as response:
+        return str(json.load(response)["choices"][0]["token_ids"])
+
+
+def calls(serving: Serving) -> int:
+    """Layer calls that the engine has made so far."""
+    with urllib.request.urlopen(f"{serving.url}/switchyard/stats", timeout=60) as response:
+        return int(json.load(response)["calls"])
+
+
+def wait_until(condition, what: str, limit_s: float = 60.0) -> None:
+    end_s = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end_s, f"waited {limit_s} s for: {what}"

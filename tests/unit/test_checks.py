@@ -1,0 +1,143 @@
+"""What `switchyard serve` finds before it starts anything: messages that say what to do."""
+
+import json
+import socket
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from cluster.config import parse_settings, setting_names
+from cluster.errors import ConfigError
+from ops.checks import check_compiler, check_memory
+from ops.cli import main
+from ops.haproxy import unavailable_page, write_launcher
+from ops.ports import check_port, free_block, free_ports
+from ops.serve_config import parse_serve_config, read_serve_config
+from ops.startup import count_stages, failure_message, last_words
+from tests.serving import ROOT
+
+GIB = 1 << 30
+
+
+def plan(**args):
+    settings = parse_settings({"model": "m", **args})
+    return SimpleNamespace(settings=settings, spec=object(), checkpoint_bytes=12 * GIB, expert_bytes=10 * GIB)
+
+
+def document(**changes):
+    app = {"name": "switchyard", "import_path": "deployments.app:build_app", "args": {"model": "demo"}}
+    return {"http_options": {"host": "127.0.0.1", "port": 8000}, "applications": [app], **changes}
+
+
+def test_memory_counts_copies_engines_and_processes():
+    check_memory(plan(), available_bytes=24 * GIB)
+    with pytest.raises(ConfigError, match=r"not enough memory: 24.0 GiB are free, about 29.2 GiB are needed"):
+        check_memory(plan(replicas=2), available_bytes=24 * GIB)
+    with pytest.raises(ConfigError, match=r"KV cache 20\.0"):
+        check_memory(plan(engine={"kv_cache_gib": 20}), available_bytes=24 * GIB)
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigError, match="no-such-compiler was not found"):
+        check_compiler(plan())
+    check_compiler(plan(engine={"enforce_eager": True}))
+
+
+def test_a_busy_port_is_found_before_anything_starts():
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        with pytest.raises(ConfigError, match="--port"):
+            check_port("127.0.0.1", busy.getsockname()[1])
+    with pytest.raises(ConfigError, match="cannot listen on"):
+        check_port("192.0.2.77", 8000)
+    check_port("127.0.0.1", free_ports(1)[0])
+
+
+def test_a_block_of_ports_is_free_and_in_one_piece():
+    first, last = free_block(50)
+    assert last - first == 49 and first >= 20_000
+    for port in (first, last):
+        check_port("127.0.0.1", port)
+
+
+def test_the_config_file_of_the_repository_has_every_setting_with_its_default():
+    config = read_serve_config(ROOT / "ray-config.yaml")
+    assert parse_settings(config.args) == parse_settings({"model": "demo"})
+    written = yaml.safe_load((ROOT / "ray-config.yaml").read_text())["applications"][0]["args"]
+    flat = {
+        f"{key}.{inner}" if isinstance(value, dict) else key
+        for key, value in written.items()
+        for inner in (value if isinstance(value, dict) else [""])
+    }
+    assert flat == set(setting_names())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"http_option": {}}, "no setting http_option. The nearest is http_options"),
+        ({"http_options": {"prot": 1}}, "The nearest is port"),
+        ({"http_options": {"port": "8000"}}, "a port number"),
+        ({"http_options": {"port": 0}}, "a port number"),
+        ({"http_options": {"host": 5}}, "must be an address"),
+        ({"applications": []}, "one application"),
+        ({"applications": [{"import_path": "other:app", "args": {}}]}, "import_path"),
+        ({"applications": [{"import_path": "deployments.app:build_app"}]}, "args: must be a mapping"),
+        ({"applications": [{**document()["applications"][0], "deployments": [{}]}]}, "serve run"),
+    ],
+)
+def test_a_config_file_with_something_nobody_reads_is_refused(changes, words):
+    with pytest.raises(ConfigError) as raised:
+        parse_serve_config({**document(), **changes})
+    assert words in str(raised.value)
+
+
+def test_unreadable_config_files_exit_with_status_2(tmp_path, capsys):
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [")
+    assert main(["serve", "--config", str(broken)]) == 2
+    assert main(["serve", "--config", str(tmp_path / "missing.yaml")]) == 2
+    assert main(["serve", "--config", str(ROOT / "ray-config.yaml"), "--workers", "0"]) == 2
+    words = capsys.readouterr().err
+    assert "not valid YAML" in words and "No such file" in words and "workers: is 0, must be 1 or more" in words
+
+
+def test_the_haproxy_launcher_corrects_the_config_file(tmp_path, monkeypatch):
+    import subprocess
+
+    monkeypatch.setattr("ops.haproxy.get_haproxy_binary", lambda: "/bin/true")
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(
+        "    option splice-request\n    bind :9101\n    bind *:8000\n  bind *:8404\n    errorfile 503 /x/500.http\n"
+    )
+    launcher = write_launcher(tmp_path, (9101, 8404))
+    assert subprocess.run([launcher, "-db", "-f", config], check=True).returncode == 0
+    page = tmp_path / "unavailable.http"
+    assert config.read_text() == (
+        f"    bind 127.0.0.1:9101\n    bind *:8000\n  bind 127.0.0.1:8404\n    errorfile 503 {page}\n"
+    )
+
+
+def test_the_page_for_no_engine_is_a_complete_response():
+    head, body = unavailable_page().split("\r\n\r\n")
+    assert head.startswith("HTTP/1.1 503 ") and "Retry-After: 5" in head
+    assert f"Content-Length: {len(body)}" in head
+    assert json.loads(body)["error"]["code"] == 503
+
+
+def test_progress_and_last_words():
+    assert count_stages([], 2) == "0 of 2 ready, starting"
+    assert count_stages(["ready", "reading 4 of 8 experts per layer"], 2) == (
+        "1 of 2 ready, reading 4 of 8 experts per layer"
+    )
+    traceback = "Traceback ..\n  File x\ncluster.errors.CheckpointError: no config.json\n"
+    assert last_words(traceback) == "no config.json"
+    assert last_words("") == "no reason was given"
+    deployment = SimpleNamespace(status="DEPLOY_FAILED", message=traceback)
+    application = SimpleNamespace(status=SimpleNamespace(value="DEPLOYING"), deployments={"engine": deployment})
+    assert failure_message(application) == "engine did not start: no config.json"
+    deployment.status, deployment.message = "UPDATING", ""
+    assert failure_message(application) is None
