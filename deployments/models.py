@@ -1,10 +1,11 @@
-"""What is known about a model before anything starts: where it lies, and its licence. Imports neither Ray nor vLLM."""
+"""What is known about a model before anything starts: where it lies, its licence, its tokenizer. No Ray, no vLLM."""
 
 from pathlib import Path
 
 from cluster.config import Settings
 from cluster.errors import ConfigError, LicenceNotAccepted
 from model.licence import Terms, licence_of
+from model.tokenizer_files import find_tokenizer
 
 DEMO_MODEL = "demo"
 
@@ -33,6 +34,11 @@ def check_licence(settings: Settings) -> None:
 def attribution_of(model: str) -> str | None:
     """What must be shown with the outputs of the checkpoint in folder `model`; None where nothing must."""
     return licence_of(Path(model)).terms.attribution
+
+
+def has_tokenizer(model: str) -> bool:
+    """Whether the checkpoint in folder `model` can be given text; else prompts are token ids."""
+    return find_tokenizer(Path(model)) is not None
 
 
 def describe_licence(model: str) -> str:

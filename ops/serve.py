@@ -168,9 +168,9 @@ def ready_message(config: ServeConfig, plan: Any, logs: Path) -> str:
 
 def example_prompt(plan: Any) -> str | list[int]:
     """Token ids where the checkpoint has no tokenizer."""
-    from deployments.vllm_app import tokenizer_arguments
+    from deployments.models import has_tokenizer
 
-    return [1, 2, 3] if "skip_tokenizer_init" in tokenizer_arguments(plan.settings.model) else "Once upon a time"
+    return "Once upon a time" if has_tokenizer(plan.settings.model) else [1, 2, 3]
 
 
 def _stop_on_signals(stop: threading.Event, say: Callable[[str], None]) -> Callable[[], None]:
