@@ -3,9 +3,23 @@
 from pathlib import Path
 
 from cluster.config import Settings
-from cluster.errors import ConfigError, LicenceNotAccepted
+from cluster.errors import LicenceNotAccepted
+from model.catalog import WORKER_MEMORY_GB, Model, find_known, known_models, model_at, report, unknown_model
 from model.licence import Terms, licence_of
 from model.tokenizer_files import find_tokenizer
+
+__all__ = [
+    "DEMO_MODEL",
+    "WORKER_MEMORY_GB",
+    "attribution_of",
+    "check_licence",
+    "describe_licence",
+    "find_model",
+    "has_tokenizer",
+    "known_models",
+    "report",
+    "resolve_model",
+]
 
 DEMO_MODEL = "demo"
 
@@ -17,6 +31,17 @@ def resolve_model(model: str) -> Path:
 
         return Path(model_package.__path__[0]).resolve() / "demo" / "checkpoint"
     return Path(model).expanduser().resolve()
+
+
+def find_model(model: str) -> Model:
+    """A model of the catalog by its name, else the checkpoint in that folder. Raises ConfigError for neither."""
+    known = find_known(model)
+    if known is not None:
+        return known
+    folder = resolve_model(model)
+    if not folder.is_dir():
+        raise unknown_model(model)
+    return model_at(folder, model)
 
 
 def check_licence(settings: Settings) -> None:
@@ -42,26 +67,27 @@ def has_tokenizer(model: str) -> bool:
 
 
 def describe_licence(model: str) -> str:
-    """The terms of a checkpoint folder, for people; the folder's licence file in full. Raises ConfigError."""
+    """The terms of a known model or a checkpoint folder, for people; the folder's licence file in full.
+
+    Raises ConfigError for a name that is neither.
+    """
+    known = find_known(model)
+    if known is not None:
+        decided_by = "what its publisher states; the licence file that comes with the weights decides"
+        return _terms_page(model, known.terms, decided_by) if known.terms else f"{known.title}: {known.note}"
     folder = resolve_model(model)
     if not folder.is_dir():
-        raise ConfigError(f"{model} is not a folder: give the path of a checkpoint.")
+        raise unknown_model(model)
     licence = licence_of(folder)
-    lines = [
-        f"{model}: {licence.terms.name}",
-        f"  decided by: {licence.basis}",
-        *terms_lines(licence.terms),
-    ]
-    if licence.file is not None:
-        lines += ["", f"---- {licence.file} ----", licence.text.rstrip()]
-    return "\n".join(lines)
+    page = _terms_page(model, licence.terms, licence.basis)
+    return page if licence.file is None else f"{page}\n\n---- {licence.file} ----\n{licence.text.rstrip()}"
 
 
-def terms_lines(terms: Terms) -> list[str]:
-    """The conditions of a licence, one a line, and what serving under it takes."""
-    lines = [f"  - {condition}" for condition in terms.conditions]
+def _terms_page(model: str, terms: Terms, decided_by: str) -> str:
+    lines = [f"{model}: {terms.name}", f"  decided by: {decided_by}"]
+    lines += [f"  - {condition}" for condition in terms.conditions]
     if terms.must_accept:
         lines.append("  serving asks for `license: accepted` in the configuration, or --accept-license")
     if terms.attribution:
         lines.append(f"  shown with every response and in /v1/models: {terms.attribution}")
-    return lines
+    return "\n".join(lines)

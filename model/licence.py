@@ -44,8 +44,7 @@ MIT = Terms("MIT", ("Any use; keep the licence and the copyright notice with cop
 GROK2 = Terms(
     "Grok 2 Community License",
     (
-        "Commercial use only by companies with less than US$1 million of yearly revenue, within xAI's acceptable use "
-        "policy.",
+        "Commercial use only by companies with less than US$1 million of yearly revenue.",
         "Neither the weights nor their outputs may train other foundation models.",
         f'Outputs are labelled "{POWERED_BY_XAI}".',
         "These are the terms as reported; the licence file that comes with the weights decides.",

@@ -155,8 +155,21 @@ def test_the_command_prints_terms_and_file(tmp_path, capsys):
     assert main(["license", "demo"]) == 0
     assert "Apache-2.0" in capsys.readouterr().out
     assert main(["license", str(tmp_path / "missing")]) == 2
-    assert "give the path of a checkpoint" in capsys.readouterr().err
+    assert "neither a known model nor a folder" in capsys.readouterr().err
     assert describe_licence(str(ROOT / "tests/goldens/grok2-tiny/unsharded")).endswith("published the weights.")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("grok-1", "Apache-2.0"),
+        ("Grok-2", "Powered by xAI"),
+        ("grok-3", "not yet released"),
+        ("deepseek-v3", "DeepSeek Model License"),
+    ],
+)
+def test_the_command_knows_the_catalog(name, words):
+    assert words in describe_licence(name)
 
 
 MODELS = b'{"object":"list","data":[{"id":"grok-2"},{"id":"adapter"}]}'
