@@ -46,7 +46,10 @@ def find_known(name: str) -> Model | None:
 
 
 def model_at(folder: Path, name: str) -> Model:
-    """The checkpoint in `folder` under the name that was asked for, by its config.json alone. Raises CheckpointError, naming the file."""
+    """The checkpoint in `folder` under the name that was asked for, by its config.json alone.
+
+    Raises CheckpointError, naming the file.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} has no config.json: give the path of a checkpoint folder.")

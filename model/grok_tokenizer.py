@@ -71,7 +71,7 @@ def write_grok2(source: Path, folder: Path) -> None:
     tokenizer = Tokenizer(models.BPE(vocab=ranks | special, merges=_merges(ranks), ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.Split(_regex(source, pattern), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -150,6 +150,14 @@ def _read_tok_json(path: Path) -> tuple[dict[bytes, int], dict[str, int], str]:
     if lacking:
         raise CheckpointError(f"{path} has no token for {', '.join(lacking[:4])}. Is the file complete?")
     return regular, special, pattern or _WORD_SPLIT_V1
+
+
+def _regex(path: Path, pattern: Any) -> Regex:
+    try:
+        return Regex(pattern)
+    # The library raises a bare Exception for a pattern that does not compile.
+    except Exception as error:
+        raise CheckpointError(f"{path}: pat_str is no pattern: {error}") from None
 
 
 def _merges(ranks: Mapping[str, float]) -> list[tuple[str, str]]:

@@ -1,7 +1,7 @@
 """Which licence terms a checkpoint comes with, decided from its folder alone. Plain Python: no vLLM, no torch.
 
 What decides, first found:
-1. a licence file in the folder (LICENSE, LICENCE, COPYING, also as .txt or .md): its text;
+1. a licence file in the folder (LICENSE, LICENCE, COPYING, LICENSE-MODEL, also as .txt or .md): its text;
 2. what the weights are: Grok-1's or Grok-2's released dimensions, or Grok-1's ckpt-0 files, mean xAI's release;
 3. `license:` in the front matter of the folder's README.md, as on the Hugging Face hub.
 Anything else states no terms, and nothing is asked. So a model of Grok-2's architecture but other dimensions (tests,
@@ -16,11 +16,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cluster.errors import CheckpointError
 from model.grok_spec import GrokSpec, is_grok, parse_spec
 
 POWERED_BY_XAI = "Powered by xAI"
 
-_LICENCE_FILE = re.compile(r"(licen[sc]e|copying)(\.(txt|md))?", re.IGNORECASE)
+_LICENCE_FILE = re.compile(r"(licen[sc]e|copying)([-_ ](model|weights|grok.*))?(\.(txt|md))?", re.IGNORECASE)
 _MOST_BYTES = 1 << 20
 _GROK2_LICENCE = re.compile(r"\b(xai|grok[ -]?2(\.5)?) community licen[sc]e", re.IGNORECASE)
 _APACHE2 = re.compile(r"apache license,? version 2\.0", re.IGNORECASE)
@@ -70,7 +71,8 @@ def licence_of(folder: Path) -> Licence:
     """The licence of the checkpoint in `folder`. A missing or unreadable config.json decides nothing.
 
     Of several licence files the one that asks for acceptance counts. A text that is not recognised beside Grok-2's
-    released weights asks for it too: xAI may have reworded its licence.
+    released weights asks for it too: xAI may have reworded its licence. Raises CheckpointError for a file that cannot
+    be read.
     """
     release = _release(folder)
     found = [_licence_in(path, release) for path in _licence_files(folder)]
@@ -134,8 +136,7 @@ def _release(folder: Path) -> _Release | None:
 
 
 def _licence_in(path: Path, release: _Release | None) -> Licence:
-    with path.open("rb") as file:
-        text = file.read(_MOST_BYTES).decode("utf-8", "replace")
+    text = _start_of(path)
     terms = terms_of_text(text)
     if terms is UNKNOWN_TEXT and release is not None and release.terms.must_accept:
         terms = replace(terms, must_accept=True, attribution=release.terms.attribution)
@@ -145,15 +146,23 @@ def _licence_in(path: Path, release: _Release | None) -> Licence:
 def _licence_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if _LICENCE_FILE.fullmatch(path.name) and path.is_file())
+    found = [path for path in folder.iterdir() if _LICENCE_FILE.fullmatch(path.name) and path.is_file()]
+    return sorted(found, key=lambda path: (re.search(r"[-_ ]", path.name) is None, path.name))  # LICENSE-MODEL first
+
+
+def _start_of(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return file.read(_MOST_BYTES).decode("utf-8", "replace")
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}, which decides the licence: {error.strerror}.") from None
 
 
 def _card_licence(card: Path) -> str | None:
     """`license` of a model card's front matter; where it says "other", `license_name`."""
     if not card.is_file():
         return None
-    with card.open("rb") as file:
-        matter = _FRONT_MATTER.match(file.read(_MOST_BYTES).decode("utf-8", "replace"))
+    matter = _FRONT_MATTER.match(_start_of(card))
     if matter is None:
         return None
     fields = dict(re.findall(r"^(license|license_name):[ \t]*[\"']?([^\"'\n#]+)", matter[1], re.MULTILINE))

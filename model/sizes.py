@@ -110,7 +110,7 @@ def sizes_of(config: Mapping[str, Any]) -> ModelSizes:
         return count(text)
     except KeyError as error:
         raise CheckpointError(f"the config of this {family} model lacks {error.args[0]}.") from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, ArithmeticError) as error:
         raise CheckpointError(f"the config of this {family} model cannot be read: {error}") from None
 
 

@@ -173,6 +173,8 @@ def entries(*tokens: tuple[bytes, int]) -> list[dict]:
         ("[]", "not a tokenizer.tok.json"),
         (json.dumps({"regular_tokens": [{"bytes": [999], "token": 1}]}), "not a tokenizer.tok.json"),
         (json.dumps(tok_json(word_split="V2")), "word_split is 'V2'"),
+        (json.dumps(tok_json(pat_str="(")), "pat_str is no pattern"),
+        (json.dumps(tok_json(pat_str=["a"])), "pat_str is no pattern"),
         (json.dumps(tok_json(vocab_size=511)), "not a number below vocab_size, 511"),
         (json.dumps(tok_json(regular_tokens=entries((b"a", 300)))), "no token for byte 0, byte 1"),
         (json.dumps(tok_json(special_tokens=entries((b"<|eos|>", 2)))), r"no token for <\|pad\|>, <\|separator\|>"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cluster.config import parse_settings
-from cluster.errors import ConfigError, LicenceNotAccepted
+from cluster.errors import CheckpointError, ConfigError, LicenceNotAccepted
 from deployments.attribution import HEADER, Attributed, with_attribution
 from deployments.models import attribution_of, check_licence, describe_licence, resolve_model
 from model.licence import APACHE2, GROK2, MIT, UNKNOWN_TEXT, UNSTATED, licence_of, terms_of_name, terms_of_text
@@ -68,6 +68,8 @@ def checkpoint(folder: Path, config: dict | None = None, **files: str) -> Path:
         (None, {"README__md": "---\ntags: [moe]\nlicense: other\nlicense_name: grok-2\n---\n# Card"}, GROK2),
         (None, {"README__md": '---\r\nlicense: "mit"\r\n---\r\n'}, MIT),
         (None, {"README__md": "license: mit\n"}, UNSTATED),
+        (None, {"LICENSE": MIT_TEXT, "LICENSE-MODEL": APACHE_TEXT}, APACHE2),
+        (None, {"LICENSE-CODE": MIT_TEXT}, UNSTATED),
         (None, {}, UNSTATED),
     ],
 )
@@ -88,6 +90,18 @@ def test_broken_configs_and_folders_decide_nothing(tmp_path):
     (tmp_path / "config.json").write_text('{"architectures": ["Grok1ForCausalLM"], "vocab_size": []}')
     assert licence_of(tmp_path).terms == UNSTATED
     assert licence_of(tmp_path / "missing").terms == UNSTATED
+
+
+def test_a_licence_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    folder = checkpoint(tmp_path, RELEASED_GROK2, LICENSE=GROK2_TEXT)
+
+    def refuse(path: Path, mode: str):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "read_text", lambda path, encoding: json.dumps(RELEASED_GROK2))
+    with pytest.raises(CheckpointError, match="LICENSE, which decides the licence: Permission denied"):
+        licence_of(folder)
 
 
 def test_the_release_of_grok1_is_known_by_its_files(tmp_path):
