@@ -8,6 +8,7 @@ import pytest
 import sentencepiece
 import tiktoken
 from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
 
 from cluster.errors import CheckpointError, ConfigError
 from deployments.models import has_tokenizer
@@ -115,6 +116,17 @@ def test_grok2_stops_at_eos_and_separator(grok2):
     generation = json.loads((grok2 / "generation_config.json").read_text())
     assert generation["eos_token_id"] == [GROK2["special"]["<|eos|>"], GROK2["special"]["<|separator|>"]] == [2, 1]
     assert load(grok2).eos_token_id == 2
+
+
+@pytest.mark.parametrize("text", ["The answer to life", "hello\n\nworld  two  spaces", "日本語 ñ 🙂 x", "it's 12345"])
+@pytest.mark.parametrize("num_prompt_tokens", [0, 1, 3])
+def test_text_that_is_streamed_token_by_token_keeps_its_spaces(grok1, text, num_prompt_tokens):
+    tokenizer = Tokenizer.from_file(str(grok1 / "tokenizer.json"))
+    ids = tokenizer.encode(text).ids
+    prompt, answer = ids[:num_prompt_tokens], ids[num_prompt_tokens:]
+    stream = DecodeStream(ids=prompt, skip_special_tokens=True)
+    streamed = "".join(stream.step(tokenizer, token) or "" for token in answer)
+    assert tokenizer.decode(prompt) + streamed == text
 
 
 def tiktoken_encoding(document: dict) -> tiktoken.Encoding:
