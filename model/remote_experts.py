@@ -29,10 +29,6 @@ from model.replacement import replace_routed_experts
 
 logger = init_logger(__name__)
 
-# The workers of a large checkpoint may need this long to load it; the engine waits for them at its first layer call.
-STARTUP_TIMEOUT_S = 3600.0
-
-
 class EngineLink:
     """This process's dispatcher and the feed that keeps its routing table current; made at the first layer call."""
 
@@ -49,7 +45,7 @@ class EngineLink:
             expert_timeout_s=float(environment["SWITCHYARD_EXPERT_TIMEOUT_S"]),
         )
         self.subscriber = TableSubscriber(environment[FEED_VARIABLE], secret, self.dispatcher.update)
-        self.subscriber.wait_first(STARTUP_TIMEOUT_S)
+        self.subscriber.wait_first(float(environment["SWITCHYARD_START_TIMEOUT_S"]))
 
 
 _link_made: EngineLink | None = None
