@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,8 @@ class Dispatcher:
     """Sends layer calls of one engine to the expert workers of the current routing table.
 
     expert_timeout_s bounds every call. attempt_timeout_s (default: a third of it) is how long one replica is waited for
-    while another is there to ask. num_slots calls may be open per worker at once.
+    while another is there to ask. num_slots calls may be open per worker at once. With
+    `on_timeout`, a call whose time is up is reported to it, in words, and waits on instead of failing.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Dispatcher:
         expert_timeout_s: float = 30.0,
         attempt_timeout_s: float | None = None,
         num_slots: int = 2,
+        on_timeout: Callable[[str], None] | None = None,
     ) -> None:
         if expert_timeout_s <= 0:
             raise ConfigError(f"expert_timeout_s must be positive, not {expert_timeout_s}")
@@ -63,7 +66,7 @@ class Dispatcher:
         self._outbox = Outbox(int(attempt_s * 1e9))
         self._links = Links(self._shape, engine_id, secret, self._on_reply, self._on_down)
         self._sum = Accumulator(hidden_size, max_tokens)
-        self._recovery = Recovery(self._links, self._outbox, self._sum)
+        self._recovery = Recovery(self._links, self._outbox, self._sum, self._timeout_ns, on_timeout)
         self._staging: Staging | None = None  # made when the first tensor on another device comes
         self._calls: dict[int, Call] = {}
         self._last_ticket = 0

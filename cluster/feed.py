@@ -2,11 +2,13 @@
 
 After the handshake (cluster/auth.py, purpose 2) the feed sends frames: 4 bytes little-endian length, then that many
 bytes of JSON, RoutingTable.to_json(). A new subscriber gets the newest table at once; a slow one may miss older tables,
-never the newest. Subscribers send nothing.
+never the newest. A subscriber sends single bytes: 1 when a layer call has waited for expert_timeout_s in vain, 0 when
+layer calls go on.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -39,6 +41,7 @@ class _Subscriber:
         self.opened_s = now_s
         self.handshake = auth.ServerHandshake(secret, auth.ROUTING_TABLES)
         self.is_open = False
+        self.is_stalled = False
         self.inbox = bytearray()
         self.outbox = bytearray(self.handshake.challenge)
         self.next_frame: bytes | None = None  # sent when the frame in the outbox is out; only the newest is kept
@@ -53,9 +56,14 @@ class _Subscriber:
         data = self.sock.recv(auth.PROOF_BYTES)
         if not data:
             raise ConnectionLost("the subscriber closed")
+        if self.is_open:
+            if not set(data) <= {0, 1}:
+                raise BadType("a subscriber says 0 or 1")
+            self.is_stalled = bool(data[-1])
+            return
         self.inbox += data
-        if self.is_open or len(self.inbox) > auth.PROOF_BYTES:
-            raise BadType("a subscriber has nothing to say")
+        if len(self.inbox) > auth.PROOF_BYTES:
+            raise BadType("a subscriber speaks before it was answered")
         if len(self.inbox) == auth.PROOF_BYTES:
             self.outbox += self.handshake.answer(bytes(self.inbox))
             self.is_open = True
@@ -77,10 +85,17 @@ class _Subscriber:
 
 
 class TableFeed:
-    """Publishes routing tables to every subscriber that knows the secret. All methods are thread-safe."""
+    """Publishes routing tables to every subscriber that knows the secret. All methods are thread-safe.
 
-    def __init__(self, secret: bytes, name: str | None = None) -> None:
+    `on_stalled` is called in the feed's thread: True when layer calls of a first subscriber stall, False when none do.
+    """
+
+    def __init__(
+        self, secret: bytes, name: str | None = None, on_stalled: Callable[[bool], None] = lambda _: None
+    ) -> None:
         self._secret = auth.check_secret(secret)
+        self._on_stalled = on_stalled
+        self._is_stalled = False
         self.address = name or f"switchyard-feed-{os.getpid()}-{secrets.token_hex(8)}"
         self.num_rejected = 0
         self._frame: bytes | None = None
@@ -164,6 +179,7 @@ class TableFeed:
         try:
             if events & selectors.EVENT_READ:
                 subscriber.receive()
+                self._judge()
             subscriber.send()
             self._selector.modify(subscriber.sock, subscriber.events, subscriber)
         except (DataPlaneError, OSError) as e:
@@ -182,6 +198,13 @@ class TableFeed:
         self._subscribers.discard(subscriber)
         self._selector.unregister(subscriber.sock)
         subscriber.sock.close()
+        self._judge()
+
+    def _judge(self) -> None:
+        is_stalled = any(subscriber.is_stalled for subscriber in self._subscribers)
+        if is_stalled is not self._is_stalled:
+            self._is_stalled = is_stalled
+            self._on_stalled(is_stalled)
 
 
 class TableSubscriber:
@@ -196,6 +219,7 @@ class TableSubscriber:
         self._on_table = on_table
         self._first = threading.Event()
         self._closing = threading.Event()
+        self._is_stalled = False
         self._sock: socket.socket | None = None
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="switchyard-tables", daemon=True)
@@ -204,6 +228,18 @@ class TableSubscriber:
     def wait_first(self, timeout_s: float) -> bool:
         """True once the first table was handed to `on_table`; False if that took longer than `timeout_s`."""
         return self._first.wait(timeout_s)
+
+    def report(self, is_stalled: bool) -> None:
+        """Tell the feed that layer calls stall, or go on; again after a reconnection. Never waits."""
+        self._is_stalled = is_stalled
+        with self._lock:
+            if self._sock is not None:
+                self._send_state(self._sock)
+
+    def _send_state(self, sock: socket.socket) -> None:
+        # A feed that is gone, or does not read, learns it when it is connected again.
+        with contextlib.suppress(OSError):
+            sock.send(bytes((self._is_stalled,)), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
     def close(self) -> None:
         """End the thread; `on_table` is not called after this returns (unless it is what calls). Idempotent."""
@@ -237,6 +273,8 @@ class TableSubscriber:
             sock.settimeout(None)
             with self._lock:
                 self._sock = sock
+                if self._is_stalled:
+                    self._send_state(sock)
                 if self._closing.is_set():
                     sock.shutdown(socket.SHUT_RDWR)
             try:

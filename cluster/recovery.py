@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -16,8 +18,17 @@ from cluster.transport import Link
 class Recovery:
     """The slow path of a Dispatcher, in its thread, on its parts."""
 
-    def __init__(self, links: Links, outbox: Outbox, total: Accumulator) -> None:
+    def __init__(
+        self,
+        links: Links,
+        outbox: Outbox,
+        total: Accumulator,
+        timeout_ns: int,
+        on_timeout: Callable[[str], None] | None,
+    ) -> None:
         self._links = links
+        self._timeout_ns = timeout_ns
+        self._on_timeout = on_timeout
         self._outbox = outbox
         self._counters = outbox.counters
         self._sum = total
@@ -25,13 +36,17 @@ class Recovery:
     def mend(self, call: Call, now_ns: int, out_TD: torch.Tensor) -> None:
         """Absorb news, take overdue parts back if somebody else can serve them, send what is pending.
 
-        Raises ExpertsUnavailable when the call's deadline has passed, ExpertsFailed when every replica's kernel raised.
+        When the call's deadline has passed, tells on_timeout and waits on, or raises ExpertsUnavailable where there is
+        none. Raises ExpertsFailed when every replica's kernel raised.
         """
         if self._links.has_news:
             self._links.absorb()
         if now_ns >= call.deadline_ns:
             self._counters.timeouts += 1
-            raise ExpertsUnavailable(self._why(call))
+            if self._on_timeout is None:
+                raise ExpertsUnavailable(self._why(call))
+            self._on_timeout(self._why(call))
+            call.deadline_ns = now_ns + self._timeout_ns
         call.trouble = False
         plan = self._links.plan
         assert plan is not None

@@ -24,8 +24,9 @@ from deployments import shared_memory, vllm_app
 from deployments.attribution import Attributed
 from deployments.cores import allowed_cores, engine_cores
 from deployments.environment import apply_defaults, engine_environment, feed_environment
-from deployments.http_guard import DisconnectOnCancel, OpenAIErrors
+from deployments.http_guard import OpenAIErrors
 from deployments.models import attribution_of
+from deployments.shortage import EndInShortage, Shortage
 
 logger = logging.getLogger("ray.serve")
 
@@ -35,7 +36,9 @@ _RETRY_ROUTER_S = 1.0
 class TableLink:
     """Carries routing tables from the router actor to this engine's processes, for as long as the engine lives."""
 
-    def __init__(self, settings: Settings, router: DeploymentHandle, secret: bytes, engine_id: str) -> None:
+    def __init__(
+        self, settings: Settings, router: DeploymentHandle, secret: bytes, engine_id: str, shortage: Shortage
+    ) -> None:
         from cluster.feed import TableFeed
 
         self._router = router
@@ -43,7 +46,7 @@ class TableLink:
         secret_file = self._folder / "secret"
         secret_file.touch(mode=0o600)
         secret_file.write_bytes(secret)
-        self._feed = TableFeed(secret)
+        self._feed = TableFeed(secret, on_stalled=shortage.set)
         os.environ.update(feed_environment(settings, self._feed.address, secret_file, engine_id))
         self.task = asyncio.create_task(self._follow())
 
@@ -79,10 +82,11 @@ class EngineReplica:
         self._link: TableLink | None = None
         self._router = router
         self._attribution = attribution_of(settings.model)
+        self._shortage = Shortage(asyncio.get_running_loop())
         self._id = f"engine-{uuid.uuid4().hex[:8]}"
         apply_defaults(engine_environment(settings, engine_cores(settings, allowed_cores())))
         if router is not None:
-            self._link = TableLink(settings, router, await router.secret.remote(), self._id)
+            self._link = TableLink(settings, router, await router.secret.remote(), self._id, self._shortage)
         self._report("starting vLLM: loading weights, compiling")
         self._namespace = await asyncio.to_thread(_parse, settings, router is not None)
         self._engine = await asyncio.to_thread(vllm_app.start_engine, self._namespace)
@@ -93,8 +97,8 @@ class EngineReplica:
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         app = await vllm_app.build_openai_app(self._namespace, self._engine)
         self._report("ready")
-        app = Attributed(OpenAIErrors(app, lambda: bool(self._engine.errored)), self._attribution)
-        return DisconnectOnCancel(app)
+        app = OpenAIErrors(app, lambda: bool(self._engine.errored))
+        return Attributed(EndInShortage(app, self._shortage), self._attribution)
 
     async def check_health(self) -> None:
         """Serve restarts the replica when this raises: a dead engine never comes back by itself."""

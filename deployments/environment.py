@@ -50,6 +50,8 @@ def feed_environment(settings: Settings, feed_address: str, secret_file: Path, e
         "SWITCHYARD_EXPERT_TIMEOUT_S": str(settings.expert_timeout_s),
         # The engine waits for its workers at its first layer call; those of a large checkpoint take long to load it.
         "SWITCHYARD_START_TIMEOUT_S": str(settings.start_timeout_s),
+        # A step whose experts are gone waits for their return, while requests get 503 (deployments/shortage.py).
+        "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(7 * 24 * 3600),
     }
 
 

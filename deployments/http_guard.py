@@ -111,12 +111,12 @@ class OpenAIErrors:
             messages = await _read_body(receive, self._max_body_bytes)
             if messages is None:
                 text = f"The request's body is larger than {self._max_body_bytes} bytes."
-                await _send_error(send, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text)
+                await send_error(send, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, text)
                 return
             number = out_of_range_integer(b"".join(message.get("body", b"") for message in messages))
             if number is not None:
                 text = f"{str(number)[:40]} is outside the range of 64-bit integers."
-                await _send_error(send, HTTPStatus.BAD_REQUEST, text)
+                await send_error(send, HTTPStatus.BAD_REQUEST, text)
                 return
             receive = _replay(messages, receive)
         await self._app(scope, receive, _Shaper(send, self._is_engine_dead))
@@ -145,11 +145,11 @@ class _Shaper:
         self._held = []
         if start["status"] == HTTPStatus.INTERNAL_SERVER_ERROR and self._is_engine_dead():
             text = "The engine has stopped; another is starting."
-            await _send_error(self._send, HTTPStatus.SERVICE_UNAVAILABLE, text)
+            await send_error(self._send, HTTPStatus.SERVICE_UNAVAILABLE, text)
             return
         words = error_text(b"".join(part.get("body", b"") for part in parts), start["status"])
         if words is not None:
-            await _send_error(self._send, HTTPStatus(start["status"]), words)
+            await send_error(self._send, HTTPStatus(start["status"]), words)
             return
         for message in (start, *parts):
             await self._send(message)
@@ -214,11 +214,16 @@ def _replay(messages: list[Message], receive: Receive) -> Receive:
     return wrapped
 
 
-async def _send_error(send: Send, status: HTTPStatus, text: str) -> None:
-    """A complete response in the shape of OpenAI's errors."""
+def error_body(status: HTTPStatus, text: str) -> dict[str, Any]:
+    """An error in OpenAI's shape."""
     words = status.phrase.replace("-", " ").split()
     kind = "".join(word.capitalize() for word in words).removesuffix("Error") + "Error"
-    body = json.dumps({"error": {"message": text, "type": kind, "param": None, "code": status.value}}).encode()
+    return {"error": {"message": text, "type": kind, "param": None, "code": status.value}}
+
+
+async def send_error(send: Send, status: HTTPStatus, text: str) -> None:
+    """A complete response in the shape of OpenAI's errors."""
+    body = json.dumps(error_body(status, text)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status == HTTPStatus.SERVICE_UNAVAILABLE:
         headers.append((b"retry-after", str(_RETRY_AFTER_S).encode()))

@@ -29,6 +29,7 @@ from model.replacement import replace_routed_experts
 
 logger = init_logger(__name__)
 
+
 class EngineLink:
     """This process's dispatcher and the feed that keeps its routing table current; made at the first layer call."""
 
@@ -43,9 +44,24 @@ class EngineLink:
             dtype=dtype,
             max_tokens=max_tokens,
             expert_timeout_s=float(environment["SWITCHYARD_EXPERT_TIMEOUT_S"]),
+            on_timeout=self._on_timeout,
         )
+        self._is_stalled = False
         self.subscriber = TableSubscriber(environment[FEED_VARIABLE], secret, self.dispatcher.update)
         self.subscriber.wait_first(float(environment["SWITCHYARD_START_TIMEOUT_S"]))
+
+    def _on_timeout(self, why: str) -> None:
+        """To vLLM an error in a forward step is the engine's end. So the step waits on, and HTTP answers meanwhile."""
+        logger.warning("Switchyard: no experts: %s", why)
+        self._is_stalled = True
+        self.subscriber.report(is_stalled=True)
+
+    def finish(self, ticket: int, out_TD: torch.Tensor) -> None:
+        """Dispatcher.finish(), and the news that a stall is over."""
+        self.dispatcher.finish(ticket, out_TD)
+        if self._is_stalled:
+            self._is_stalled = False
+            self.subscriber.report(is_stalled=False)
 
 
 _link_made: EngineLink | None = None
@@ -153,13 +169,13 @@ def _start(
 
 
 def _finish(ticket: int, x_TD: torch.Tensor, top_k: int, max_tokens: int) -> torch.Tensor:
-    dispatcher = _link(x_TD.shape[1], top_k, x_TD.dtype, max_tokens).dispatcher
+    link = _link(x_TD.shape[1], top_k, x_TD.dtype, max_tokens)
     if _tensor_parallel()[1] > 1:
         out_TD = torch.zeros_like(x_TD)
-        dispatcher.finish(ticket, out_TD[_own_rows(x_TD.shape[0])])
+        link.finish(ticket, out_TD[_own_rows(x_TD.shape[0])])
         return out_TD
     out_TD = torch.empty_like(x_TD)
-    dispatcher.finish(ticket, out_TD)
+    link.finish(ticket, out_TD)
     return out_TD
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -23,12 +24,13 @@ SHAPE = ModelShape(hidden=512, expert=2048, layers=8, experts=8, top_k=2, heads=
 EXPERT_BYTES = SHAPE.layers * SHAPE.experts * 3 * SHAPE.hidden * SHAPE.expert * 2  # bfloat16
 
 
-def deploy(serving: Serving, model: Path, workers: int) -> None:
+def deploy(serving: Serving, model: Path, workers: int, expert_timeout_s: float = 30.0) -> None:
     serving.deploy(
         {
             "model": str(model),
             "dtype": "bfloat16",
             "workers": workers,
+            "expert_timeout_s": expert_timeout_s,
             "engine": {"kv_cache_gib": 0.1, "enforce_eager": True, "max_model_len": 128},
         }
     )
@@ -82,6 +84,65 @@ def test_a_request_outlives_the_only_worker_of_its_experts(serving: Serving) -> 
     table_after = serving.ask("status")["table"]
     assert victim not in [replica["pid"] for replica in table_after["replicas"]]
     assert table_after["epoch"] > table["epoch"]
+
+
+def test_an_engine_outlives_the_time_without_experts(serving: Serving) -> None:
+    """Past expert_timeout_s its requests get 503, streams an error event; when the worker is back it serves again."""
+    deploy(serving, SMALL, workers=1, expert_timeout_s=1.0)
+    undisturbed = complete(serving, num_tokens=48)
+    engine = engine_processes(serving)
+    victim = serving.ask("status")["table"]["replicas"][0]["pid"]
+    served = calls(serving)
+    streamed: list[str] = []
+    stream = threading.Thread(target=lambda: streamed.extend(stream_events(serving, num_tokens=100)))
+    stream.start()
+    wait_until(lambda: calls(serving) > served, "the request has reached the workers")
+    os.kill(victim, signal.SIGKILL)
+    stream.join(60)
+    assert json.loads(streamed[-2].removeprefix("data: "))["error"]["code"] == 503
+    assert streamed[-1] == "data: [DONE]"
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        complete(serving, num_tokens=4)
+    assert refused.value.code == 503 and int(refused.value.headers["Retry-After"]) > 0
+    wait_until(lambda: is_served(serving), "the worker is back", limit_s=120)
+    assert complete(serving, num_tokens=48) == undisturbed
+    assert engine_processes(serving) == engine
+
+
+def engine_processes(serving: Serving) -> set[int]:
+    """The process numbers of vLLM's workers."""
+    children = psutil.Process(serving.process_id).children(recursive=True)
+    found = set()
+    for process in children:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "VLLM::Worker" in " ".join(process.cmdline()):
+                found.add(process.pid)
+    return found
+
+
+def stream_events(serving: Serving, num_tokens: int) -> list[str]:
+    body = {
+        "model": serving.model,
+        "prompt": [5, 6, 7, 8],
+        "max_tokens": num_tokens,
+        "ignore_eos": True,
+        "stream": True,
+        "return_token_ids": True,
+    }
+    request = urllib.request.Request(
+        f"{serving.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=120) as response:
+        return [line for line in response.read().decode().splitlines() if line]
+
+
+def is_served(serving: Serving) -> bool:
+    try:
+        complete(serving, num_tokens=1)
+    except urllib.error.HTTPError as refused:
+        assert refused.code == 503
+        return False
+    return True
 
 
 def complete(serving: Serving, num_tokens: int) -> str:

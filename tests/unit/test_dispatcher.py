@@ -286,6 +286,33 @@ def test_no_table_and_no_replica_wait_then_raise(things):
     assert torch.equal(call(dispatcher, 0, inputs), call(oracle(WHOLE), 0, inputs))
 
 
+def test_a_call_that_may_wait_on_reports_every_timeout_and_is_answered_in_the_end(things):
+    reports: list[str] = []
+    twice = threading.Event()
+
+    def on_timeout(why):
+        reports.append(why)
+        if len(reports) == 2:
+            twice.set()
+
+    dispatcher = make_dispatcher(things, expert_timeout_s=0.1, on_timeout=on_timeout)
+    dispatcher.update(SHAPE.table(1, WHOLE, []))
+    worker = make_worker(things, WHOLE[0])
+
+    def bring_back():
+        assert twice.wait(10)
+        dispatcher.update(SHAPE.table(2, WHOLE, [worker.replica("r")]))
+
+    helper = threading.Thread(target=bring_back)
+    helper.start()
+    inputs = make_inputs(2)
+    assert torch.equal(call(dispatcher, 0, inputs), call(oracle(WHOLE), 0, inputs))
+    helper.join()
+    assert all("no replica is there" in report for report in reports)
+    assert dispatcher.stats()["timeouts"] == len(reports) >= 2 and dispatcher.stats()["rows_failed"] == 0
+    dispatcher.check_integrity()
+
+
 def test_a_call_whose_shard_disappears_is_split_anew(things):
     halves = partition(SHAPE.num_layers, SHAPE.num_experts, 2)
     workers = [make_worker(things, s) for s in halves]

@@ -61,6 +61,41 @@ def test_a_subscriber_comes_back_when_the_feed_does():
     second.close()
 
 
+def test_the_feed_knows_whether_any_subscriber_is_stalled():
+    news: queue.Queue[bool] = queue.Queue()
+    feed = TableFeed(SECRET, on_stalled=news.put)
+    feed.publish(table(1))
+    subscribers = [TableSubscriber(feed.address, SECRET, lambda _: None) for _ in range(2)]
+    assert all(subscriber.wait_first(5) for subscriber in subscribers)
+    subscribers[0].report(is_stalled=True)
+    assert news.get(timeout=5) is True
+    subscribers[1].report(is_stalled=True)
+    subscribers[0].report(is_stalled=False)
+    subscribers[1].report(is_stalled=False)
+    assert news.get(timeout=5) is False
+    subscribers[1].report(is_stalled=True)
+    assert news.get(timeout=5) is True
+    subscribers[1].close()  # its process has ended
+    assert news.get(timeout=5) is False
+    subscribers[0].close()
+    feed.close()
+    assert news.empty()
+
+
+def test_a_stall_is_told_again_to_a_feed_that_came_back():
+    news: queue.Queue[bool] = queue.Queue()
+    first = TableFeed(SECRET)
+    first.publish(table(1))
+    subscriber = TableSubscriber(first.address, SECRET, lambda _: None)
+    assert subscriber.wait_first(5)
+    subscriber.report(is_stalled=True)
+    first.close()
+    second = TableFeed(SECRET, name=first.address, on_stalled=news.put)
+    assert news.get(timeout=5) is True
+    subscriber.close()
+    second.close()
+
+
 def test_the_wrong_secret_sees_no_table(feed):
     feed.publish(table(1))
     subscriber = TableSubscriber(feed.address, b"some other secret of bytes", lambda _: pytest.fail("got a table"))
