@@ -179,7 +179,7 @@ def test_the_command_prints_terms_and_file(tmp_path, capsys):
         ("grok-1", "Apache-2.0"),
         ("Grok-2", "Powered by xAI"),
         ("grok-3", "not yet released"),
-        ("deepseek-v3", "DeepSeek Model License"),
+        ("deepseek-v3", "DeepSeek License Agreement"),
     ],
 )
 def test_the_command_knows_the_catalog(name, words):
