@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
-# Signals are handled when the team has come back, and a peer that is idle for longer does not care for microseconds.
+# The team comes back so often, for Python to handle signals; after a second there is nobody to hand cores to.
 _TEAM_WAIT_MS = 20
+_TEAM_LIMIT_S = 1.0
 _MAX_BELLS = 64
 
 
@@ -46,12 +47,17 @@ class Gang:
             return self._epoll.poll(timeout_s, max_events)
         for i, bell in enumerate(bells):
             self._bells[i] = bell
-        begin_s = time.monotonic()
-        wait_ms = _TEAM_WAIT_MS if timeout_s < 0 else min(_TEAM_WAIT_MS, int(timeout_s * 1000) + 1)
-        self._team_wait(self._fd, wait_ms, self._bells, len(bells), self._num_threads)
-        events = self._epoll.poll(0, max_events)
-        left_s = timeout_s if timeout_s < 0 else max(0.0, begin_s + timeout_s - time.monotonic())
-        return events or self._epoll.poll(left_s, max_events)
+        team_s = _TEAM_LIMIT_S if timeout_s < 0 else min(_TEAM_LIMIT_S, timeout_s)
+        end_s = time.monotonic() + team_s
+        left_s, num_bells = team_s, len(bells)
+        while left_s > 0:
+            wait_ms = min(_TEAM_WAIT_MS, int(left_s * 1000) + 1)
+            self._team_wait(self._fd, wait_ms, self._bells, num_bells, self._num_threads)
+            if events := self._epoll.poll(0, max_events):
+                return events
+            num_bells = 0
+            left_s = end_s - time.monotonic()
+        return self._epoll.poll(timeout_s if timeout_s < 0 else timeout_s - team_s, max_events)
 
 
 @functools.cache
