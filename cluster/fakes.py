@@ -75,7 +75,15 @@ class LocalExperts:
     def update(self, table: RoutingTable) -> None:
         """Nothing to learn from a table here."""
 
-    def start(self, layer: int, x_TD: torch.Tensor, topk_weights_TK: torch.Tensor, topk_ids_TK: torch.Tensor) -> int:
+    def start(
+        self,
+        layer: int,
+        x_TD: torch.Tensor,
+        topk_weights_TK: torch.Tensor,
+        topk_ids_TK: torch.Tensor,
+        *,
+        ring: bool = True,
+    ) -> int:
         self._last_ticket += 1
         self._calls[self._last_ticket] = (layer, x_TD.clone(), topk_weights_TK.clone(), topk_ids_TK.clone())
         return self._last_ticket

@@ -26,9 +26,9 @@ class RecordingExperts(LocalExperts):
         super().__init__([(Shard(0, tuple(range(E)), 0, 1), ToyExperts(range(E)).compute)], E)
         self._events = events
 
-    def start(self, layer, x_TD, weights_TK, ids_TK):
-        self._events.append("start")
-        return super().start(layer, x_TD, weights_TK, ids_TK)
+    def start(self, layer, x_TD, weights_TK, ids_TK, *, ring=True):
+        self._events.append("start" if ring else "start, rung when it waits")
+        return super().start(layer, x_TD, weights_TK, ids_TK, ring=ring)
 
     def finish(self, ticket, out_TD):
         self._events.append("finish")
@@ -70,7 +70,8 @@ def remote():
 @pytest.fixture
 def events(remote, monkeypatch) -> list[str]:
     recorded: list[str] = []
-    link = SimpleNamespace(dispatcher=RecordingExperts(recorded))
+    experts = RecordingExperts(recorded)
+    link = SimpleNamespace(dispatcher=experts, finish=experts.finish)
     monkeypatch.setattr(remote, "_link", lambda *shape: link)
     monkeypatch.setattr(remote, "_tensor_parallel", lambda: (0, 1))
     return recorded
@@ -123,7 +124,7 @@ def test_without_shared_experts_one_op_does_it(remote, events, backend):
     call = random_call()
     with torch.inference_mode():
         assert torch.allclose(run(*call), expected(*call), atol=1e-6)
-    assert events[-2:] == ["start", "finish"]
+    assert events[-2:] == ["start, rung when it waits", "finish"]
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
