@@ -14,6 +14,7 @@ from cluster.errors import ConfigError
 # name -> (module, one line for --help)
 COMMANDS = {
     "serve": ("ops.serve", "start a model on this machine and serve it over HTTP"),
+    "convert": ("ops.convert", "turn Grok-1 as released into a folder that can be served"),
     "bench": ("ops.bench", "measure against colocated vLLM, and make benchmark checkpoints"),
     "version": ("ops.version", "print the versions of Switchyard and what it stands on"),
 }
