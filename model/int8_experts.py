@@ -19,6 +19,7 @@ SCALE_SUFFIX = "_scale"
 PRODUCTS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 _PREFIX = "int8-"
+_BLOCK_BYTES = 64 << 20  # of float32 products at a time
 
 
 def metadata_value(product: str) -> str:
@@ -45,5 +46,10 @@ def dequantise(weight_OI: Tensor, scales_OG: Tensor, dtype: torch.dtype) -> Tens
     groups = scales_OG.shape[1]
     if scales_OG.shape[0] != rows or not groups or columns % groups:
         raise ValueError(f"scales {list(scales_OG.shape)} do not fit a weight {list(weight_OI.shape)}")
-    product_OGI = weight_OI.view(rows, groups, columns // groups).float() * scales_OG.float().unsqueeze(-1)
-    return product_OGI.view(rows, columns).to(dtype)
+    product_OI = torch.empty(rows, columns, dtype=dtype)
+    step = max(1, _BLOCK_BYTES // (4 * columns))
+    for first in range(0, rows, step):
+        block_BGI = weight_OI[first : first + step].view(-1, groups, columns // groups).float()
+        block_BGI *= scales_OG[first : first + step].float().unsqueeze(-1)
+        product_OI[first : first + step] = block_BGI.view(-1, columns)
+    return product_OI

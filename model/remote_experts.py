@@ -23,7 +23,6 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from cluster.dispatcher import Dispatcher
 from cluster.feed import TableSubscriber
-from model import partial_loading
 from model.plugin import FEED_VARIABLE
 from model.replacement import replace_routed_experts
 
@@ -217,6 +216,5 @@ def _register_ops() -> None:
 def register() -> None:
     """Replace every RoutedExperts class in models that this process will build. Idempotent."""
     _register_ops()
-    partial_loading.register()
     replace_routed_experts(_RemoteMixin)
     logger.info("Switchyard: routed experts are remote; this engine holds no expert weights")
