@@ -8,7 +8,9 @@ Shapes: V vocabulary, D hidden, E experts, F expert inner size, Q and K query an
 shards, each of which has its own row of scales in a row-parallel matrix.
 """
 
+import dataclasses
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,22 +146,33 @@ def tensor_paths(source: Path) -> list[Path]:
 
 
 def _sizes(files: list[TensorFile], fields: Mapping[str, Any]) -> _Sizes:
-    """The model's sizes, each from one file that has the right number of dimensions."""
-    embeddings = _dimensions(files[0], 2, OUTER_FILES[0])
-    up, down, _, keys, _, queries = (
-        _dimensions(file, 3 if ".experts." in name else 2, f"{name} of layer 0")
-        for name, file in zip(LAYER_FILES[:6], files[2:8], strict=True)
-    )
-    down_scales = files[3].scales
+    """The model's sizes as most files have them, so that a misplaced one is told from the others; or as configured."""
+    if len(files[0].values.shape) != 2:
+        raise CheckpointError(_misplaced(files[0], OUTER_FILES[0], "2 dimensions"))
+    kinds = {
+        name: [file for file in files[2 + place :: len(LAYER_FILES)] if _could_be(file, name)]
+        for place, name in enumerate(LAYER_FILES)
+        if not name.endswith("_norm")
+    }
+    up, down, gate_up, keys, out, queries, values, gate = kinds.values()
+    flat = [file for file in files if len(file.values.shape) == 1]
+    hidden = _most_common(_extents(flat, 0), files[0].values.shape[1])
+    stacks = [file.values.shape for file in files if len(file.values.shape) == 3]
     found = _Sizes(
-        vocab=embeddings[0],
-        hidden=embeddings[1],
-        experts=up[0],
-        ffn=up[2] if up[1] == embeddings[1] else down[1],
-        query=queries[1],
-        key=keys[1],
-        shards=down_scales.shape[1] if down_scales else 1,
+        vocab=files[0].values.shape[0],
+        hidden=hidden,
+        experts=_most_common(_extents([*up, *down, *gate_up], 0) + _extents(gate, 1)),
+        ffn=_most_common([next((size for size in shape[1:] if size != hidden), hidden) for shape in stacks]),
+        # Undecided where two files of one layer were swapped: there are as many query heads as key heads, or more.
+        query=_most_common(sorted(_extents(queries, 1) + _extents(out, 0), reverse=True)),
+        key=_most_common(sorted(_extents(keys, 1) + _extents(values, 1))),
+        shards=_most_common([file.scales.shape[-2] for file in (*down, *out) if file.scales is not None]),
     )
+    return dataclasses.replace(found, **_stated_sizes(found.hidden, fields))
+
+
+def _stated_sizes(hidden: int, fields: Mapping[str, Any]) -> dict[str, int]:
+    """The sizes that the configuration gives."""
     head = int(fields["key_size"])
     stated = {
         "vocab": fields.get("vocab_size"),
@@ -167,17 +180,26 @@ def _sizes(files: list[TensorFile], fields: Mapping[str, Any]) -> _Sizes:
         "experts": fields.get("num_experts"),
         "query": fields["num_q_heads"] * head if "num_q_heads" in fields else None,
         "key": fields["num_kv_heads"] * head if "num_kv_heads" in fields else None,
+        "ffn": grok1_ffn_size(fields.get("emb_size", hidden), fields["widening_factor"])
+        if "widening_factor" in fields
+        else None,
     }
-    if "widening_factor" in fields:
-        stated["ffn"] = grok1_ffn_size(fields.get("emb_size", found.hidden), fields["widening_factor"])
-    return _Sizes(**{**vars(found), **{name: size for name, size in stated.items() if size is not None}})
+    return {name: int(size) for name, size in stated.items() if size is not None}
 
 
-def _dimensions(file: TensorFile, count: int, what: str) -> Shape:
-    shape = file.values.shape
-    if len(shape) != count:
-        raise CheckpointError(_misplaced(file, what, f"{count} dimensions"))
-    return shape
+def _could_be(file: TensorFile, name: str) -> bool:
+    """Whether a matrix has the dimensions, and the scales or none, that its name calls for."""
+    num_dimensions = 3 if ".experts." in name else 2
+    return len(file.values.shape) == num_dimensions and (file.scales is None) == name.endswith(".gate")
+
+
+def _extents(files: list[TensorFile], dimension: int) -> list[int]:
+    return [file.values.shape[dimension] for file in files]
+
+
+def _most_common(sizes: list[int], default: int = 1) -> int:
+    """The size with most votes, the first among equals."""
+    return Counter(sizes).most_common(1)[0][0] if sizes else default
 
 
 def _check(file: TensorFile, name: str, what: str, sizes: _Sizes) -> None:

@@ -32,6 +32,23 @@ ALLOWED_NAMES = frozenset(
         ("ml_dtypes", "bfloat16"),
     }
 )
+# What a pickler remembers as soon as it has made it.
+_MEMOIZED = frozenset(
+    (
+        pickle.SHORT_BINUNICODE,
+        pickle.SHORT_BINBYTES,
+        pickle.BINBYTES,
+        pickle.BINBYTES8,
+        pickle.STACK_GLOBAL,
+        pickle.EMPTY_DICT,
+        pickle.TUPLE1,
+        pickle.TUPLE2,
+        pickle.TUPLE3,
+        pickle.TUPLE,
+        pickle.REDUCE,
+        pickle.NEWOBJ,
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -128,6 +145,8 @@ class _Machine:
         self._num_bytes = num_bytes
         self._stack: list[Any] = []
         self._memo: list[Any] = []
+        self._last_opcode = b""
+        self._frame_end = 0
 
     def run(self) -> tuple[ArrayPlace, ArrayPlace | None]:
         """(values, scales) of the object that the pickle describes."""
@@ -141,6 +160,8 @@ class _Machine:
             if step is None:
                 _refuse(f"it has opcode 0x{opcode.hex()} at byte {self._file.tell() - 1}, which no array needs")
             step(self)
+            if opcode != pickle.FRAME:  # one begins between a large array and its memo
+                self._last_opcode = opcode
         _refuse(f"it has more than {_MAX_OPCODES} opcodes")
 
     def _result(self) -> tuple[ArrayPlace, ArrayPlace | None]:
@@ -178,10 +199,13 @@ class _Machine:
         return items[::-1]
 
     def _frame(self) -> None:
+        if self._file.tell() <= self._frame_end:
+            _refuse(f"it has a frame within a frame at byte {self._file.tell() - 1}")
         length = self._number("<Q")
         rest = self._num_bytes - self._file.tell()
         if length > rest:
             _refuse(f"it is cut off: {length} bytes are announced where {rest} are left")
+        self._frame_end = self._file.tell() + length
 
     def _text(self) -> None:
         data = self._take(self._number("<B"))
@@ -207,6 +231,8 @@ class _Machine:
         self._stack.append(self._memo[place])
 
     def _memoize(self) -> None:
+        if self._last_opcode not in _MEMOIZED:
+            _refuse(f"it remembers something that is not new at byte {self._file.tell() - 1}")
         value = self._pop()
         self._memo.append(value)
         self._stack.append(value)

@@ -4,7 +4,7 @@ model-dense-outer and model-dense-layer-<l>: what an engine holds. model-experts
 order, each with its w1, w3 and w2 side by side, so that a worker reads its own experts as one run of bytes.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +131,7 @@ def write_piece(
         sources = {
             name: FileState(reader.tensor.num_bytes, reader.finish(), times[name]) for name, reader in readers.items()
         }
-        _check_checksums(piece, sources, checksums)
+        check_checksums(piece, sources, checksums)
         return PieceState(FileState(out.num_bytes, out.commit()), sources)
 
 
@@ -165,7 +165,8 @@ def _scales(tensor: OutTensor, reader: TensorReader) -> Tensor:
     return (scales if tensor.part is None else scales[tensor.part]).T.contiguous()
 
 
-def _check_checksums(piece: Piece, sources: dict[str, FileState], checksums: dict[str, str]) -> None:
+def check_checksums(piece: Piece, sources: Mapping[str, FileState], checksums: Mapping[str, str]) -> None:
+    """Raises CheckpointError, naming the source, when a piece was made from a file of another checksum."""
     for name, state in sources.items():
         if checksums.get(name, state.sha256) != state.sha256:
             raise CheckpointError(

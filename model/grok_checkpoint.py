@@ -19,7 +19,7 @@ from cluster.errors import CheckpointError, ConfigError
 from model.ckpt0_checksums import known_checksums
 from model.ckpt0_layout import RELEASED, Ckpt0, inspect_ckpt0, tensor_paths
 from model.ckpt0_pickle import inspect_file
-from model.ckpt0_pieces import Piece, check_distinct, plan_pieces, write_piece
+from model.ckpt0_pieces import Piece, check_checksums, check_distinct, plan_pieces, write_piece
 from model.ckpt0_source import TensorReader
 from model.conversion_journal import Journal, PieceState, locked
 from model.int8_experts import METADATA_KEY, dequantise
@@ -138,6 +138,7 @@ class _Conversion:
     def _find(self, piece: Piece) -> bool:
         if not self._journal.is_finished(piece.name, piece.sources):
             return False
+        check_checksums(piece, self._journal.pieces[piece.name].sources, self._checksums)
         self._found_bytes += piece.num_bytes
         self._report(piece.name, piece.num_bytes, files=1)
         return True
