@@ -12,8 +12,9 @@ import torch
 from cluster.session import Request
 from cluster.wire import Agreement, numpy_dtype
 
-ComputeFn = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""(layer, x_TD, topk_weights_TK f32, local_ids_TK i32 with -1 = not here, out_TD): writes partial sums into out_TD."""
+ComputeFn = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, bool], None]
+"""(layer, x_TD, topk_weights_TK f32, local_ids_TK i32 with -1 = not here, out_TD, complete = no id is -1): writes
+partial sums into out_TD."""
 
 
 class Batcher:
@@ -39,7 +40,7 @@ class Batcher:
                 request = batch[0]
                 x_TD, weights_TK, out_TD = request.memory.tensors(num_tokens)
                 begin_ns = time.monotonic_ns()
-                self._compute(layer, x_TD, weights_TK, torch.from_numpy(request.ids_TK[:num_tokens]), out_TD)
+                self._compute(layer, x_TD, weights_TK, request.ids_tensor(), out_TD, request.complete)
                 return time.monotonic_ns() - begin_ns, ""
             return self._run_many(layer, batch, num_tokens), ""
         except Exception as e:  # foreign code: whatever it raises is this batch's answer, and the server lives on
@@ -62,6 +63,7 @@ class Batcher:
             torch.from_numpy(self._weights_TK[:num_tokens]),
             torch.from_numpy(self._ids_TK[:num_tokens]),
             self._tensor(self._out_TD[:num_tokens]),
+            all(request.complete for request in batch),
         )
         compute_ns = time.monotonic_ns() - begin_ns
         start = 0

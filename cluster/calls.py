@@ -72,6 +72,7 @@ class Call:
     """One start() that was not finished yet."""
 
     __slots__ = (
+        "bells",
         "check_ns",
         "deadline_ns",
         "disjoint",
@@ -91,6 +92,7 @@ class Call:
         self.check_ns = check_ns  # when some part may be overdue, or the call's time is up
         self.deadline_ns = deadline_ns
         self.parts: list[Part] = []
+        self.bells: list[int] = []  # doorbells that finish() rings when it waits
         self.num_open = 0  # parts without an answer
         self.next_part = 0  # the first that is not combined yet: the order of combining is that of `parts`
         self.disjoint = False  # no two parts share a row and each covers all its rows' choices: copy instead of add

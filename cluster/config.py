@@ -68,6 +68,8 @@ class Settings:
     """Path of the checkpoint: a folder with config.json and *.safetensors, the same on every node."""
     served_model_name: str | None = None
     """The model's name in the HTTP API. None: the last part of `model`."""
+    license: Literal["accepted"] | None = None
+    """`accepted` once you accept the terms of the weights, where they ask for it (`switchyard license MODEL`)."""
     dtype: Dtype = "auto"
     """Precision of activations and of unquantised weights. auto: what config.json names (float32 becomes bfloat16)."""
     workers: int = _number(2, least=1)

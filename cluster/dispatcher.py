@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from cluster import auth, wire
-from cluster.calls import COMBINED, DONE, PENDING, SENT, Call, Outbox, Part
+from cluster.calls import COMBINED, DONE, PENDING, Call, Outbox, Part
 from cluster.combine import Accumulator
 from cluster.errors import Closed, ConfigError, ExpertsUnavailable, IntegrityError, InvalidCall
 from cluster.links import Links
@@ -50,7 +50,6 @@ class Dispatcher:
         expert_timeout_s: float = 30.0,
         attempt_timeout_s: float | None = None,
         num_slots: int = 2,
-        spin_us: int = 0,
     ) -> None:
         if expert_timeout_s <= 0:
             raise ConfigError(f"expert_timeout_s must be positive, not {expert_timeout_s}")
@@ -62,7 +61,6 @@ class Dispatcher:
         self._timeout_ns = int(expert_timeout_s * 1e9)
         attempt_s = expert_timeout_s / 3 if attempt_timeout_s is None else min(attempt_timeout_s, expert_timeout_s)
         self._outbox = Outbox(int(attempt_s * 1e9))
-        self._spin_ns = spin_us * 1000
         self._links = Links(self._shape, engine_id, secret, self._on_reply, self._on_down)
         self._sum = Accumulator(hidden_size, max_tokens)
         self._recovery = Recovery(self._links, self._outbox, self._sum)
@@ -81,9 +79,18 @@ class Dispatcher:
         """
         self._links.update(table)
 
-    def start(self, layer: int, x_TD: torch.Tensor, topk_weights_TK: torch.Tensor, topk_ids_TK: torch.Tensor) -> int:
+    def start(
+        self,
+        layer: int,
+        x_TD: torch.Tensor,
+        topk_weights_TK: torch.Tensor,
+        topk_ids_TK: torch.Tensor,
+        *,
+        ring: bool = True,
+    ) -> int:
         """Send a layer's tokens to their workers; returns a ticket for finish(). The inputs may be overwritten then.
 
+        ring=False, for a caller that calls finish() next: workers on this host are told when this thread goes to sleep.
         x_TD has the constructor's dtype, weights are float32, ids (global, -1: none) int32 or int64; on one device.
         Raises InvalidCall, or ExpertsUnavailable if no routing table came within expert_timeout_s.
         """
@@ -98,12 +105,13 @@ class Dispatcher:
             self._staging = self._staging or Staging(self._shape, x_TD.device)
             x_TD, topk_weights_TK, topk_ids_TK = self._staging.input(x_TD, topk_weights_TK, topk_ids_TK)
         call = Call(layer, num_tokens, on_host, begin_ns + self._outbox.attempt_ns, begin_ns + self._timeout_ns)
+        bells = None if ring else call.bells
         route = layer_plan.whole
         link = route.choose() if route is not None and 0 < num_tokens <= self._shape.max_tokens else None
         if route is not None and link is not None and x_TD.is_contiguous() and topk_weights_TK.is_contiguous():
-            self._send_whole(call, plan, route, link, x_TD, topk_weights_TK, topk_ids_TK, begin_ns)
+            self._send_whole(call, plan, route, link, x_TD, topk_weights_TK, topk_ids_TK, begin_ns, bells)
         elif num_tokens:
-            self._send_split(call, plan, layer_plan, x_TD, topk_weights_TK, topk_ids_TK, begin_ns)
+            self._send_split(call, plan, layer_plan, x_TD, topk_weights_TK, topk_ids_TK, begin_ns, bells)
         self.counters.calls += 1
         self.counters.tokens += num_tokens
         self._last_ticket = ticket = self._last_ticket + 1
@@ -202,6 +210,7 @@ class Dispatcher:
         weights_TK: torch.Tensor,
         ids_TK: torch.Tensor,
         begin_ns: int,
+        bells: list[int] | None,
     ) -> None:
         """One worker holds the whole layer: three copies into its slot, local ids are global ids."""
         n = call.num_tokens
@@ -224,7 +233,7 @@ class Dispatcher:
         counters.rows_dispatched += n
         filled_ns = _now_ns()
         self._outbox.post(part, link, slot, filled_ns, self._outbox.budget_us)
-        link.ring()
+        _ring(link, bells)
         counters.gather_ns += filled_ns - begin_ns
         counters.send_ns += _now_ns() - filled_ns
 
@@ -237,6 +246,7 @@ class Dispatcher:
         weights_TK: torch.Tensor,
         ids_TK: torch.Tensor,
         begin_ns: int,
+        bells: list[int] | None,
     ) -> None:
         """Several workers, or several chunks: pick each worker's rows; all are posted before any is rung."""
         x, weights, ids = as_array(x_TD), weights_TK.detach().numpy(), ids_TK.numpy()
@@ -272,7 +282,7 @@ class Dispatcher:
         for part, link, slot in filled:
             self._outbox.post(part, link, slot, filled_ns, self._outbox.budget_us)
         for _, link, _ in filled:
-            link.ring()
+            _ring(link, bells)
         self.counters.gather_ns += filled_ns - begin_ns
         self.counters.send_ns += _now_ns() - filled_ns
 
@@ -309,25 +319,16 @@ class Dispatcher:
     def _wait(self, call: Call, out_TD: torch.Tensor) -> None:
         """Until every part is answered. What can be combined meanwhile, is."""
         links = self._links
-        if self._spin_ns:
-            self._spin(call)
         while call.num_open:
             now_ns = _now_ns()
             if call.trouble or links.has_news or now_ns >= call.check_ns:
                 self._recovery.mend(call, now_ns, out_TD)
                 if not call.num_open:
                     return
-            links.poll((call.check_ns - now_ns) / 1e9)
+            bells, call.bells = call.bells, []
+            links.poll((call.check_ns - now_ns) / 1e9, bells)
             if call.num_open and len(call.parts) > 1:
                 self._combine_ready(call, out_TD)
-
-    def _spin(self, call: Call) -> None:
-        """Watch shared memory for a while before going to sleep."""
-        end_ns = _now_ns() + self._spin_ns
-        while call.num_open and _now_ns() < end_ns:
-            for part in call.parts:
-                if part.state == SENT and part.link is not None and part.slot is not None:
-                    self._links.peek(part.link)
 
     def _combine_ready(self, call: Call, out_TD: torch.Tensor) -> None:
         """Combine answered parts, strictly in their order, so that the sum does not depend on who was faster."""
@@ -394,3 +395,11 @@ class Dispatcher:
                 part.state = PENDING
                 part.call.trouble = True
             part.slot = None
+
+
+def _ring(link: Link, later: list[int] | None) -> None:
+    """Tell the worker now, or have its doorbell rung later if that is all there is to do."""
+    if later is None or link.bell < 0:
+        link.ring()
+    else:
+        later.append(link.bell)

@@ -3,6 +3,7 @@
     SwitchyardError               fault    retry  http
     |- ConfigError                client   no     400   a setting is wrong; the message names it
     |  |- CheckpointError         client   no     400   the model folder cannot be served; says why
+    |  |- LicenceNotAccepted      client   no     400   the weights' terms have to be accepted first; says how
     |- InvalidTable               server   no     500   a routing table contradicts itself or its format
     |- IntegrityError             server   no     500   an account of tokens or slots does not balance
     |- DataPlaneError             server   no     500
@@ -64,6 +65,10 @@ class ConfigError(SwitchyardError):
 
 class CheckpointError(ConfigError):
     """The model folder is missing, incomplete or of a kind that cannot be served; the message says what to do."""
+
+
+class LicenceNotAccepted(ConfigError):
+    """The weights come under terms that have to be accepted; the message gives them and says how."""
 
 
 class InvalidTable(SwitchyardError):

@@ -37,7 +37,13 @@ class ToyExperts:
         self.num_calls = 0
 
     def compute(
-        self, layer: int, x_TD: torch.Tensor, weights_TK: torch.Tensor, ids_TK: torch.Tensor, out_TD: torch.Tensor
+        self,
+        layer: int,
+        x_TD: torch.Tensor,
+        weights_TK: torch.Tensor,
+        ids_TK: torch.Tensor,
+        out_TD: torch.Tensor,
+        complete: bool = False,
     ) -> None:
         """A ComputeFn."""
         self.num_calls += 1
@@ -86,7 +92,8 @@ class LocalExperts:
             rows = (local_TK >= 0).any(1).nonzero().flatten()
             if len(rows):
                 partial_tD = torch.empty_like(x_TD[rows])
-                compute(layer, x_TD[rows], weights_TK[rows], local_TK[rows], partial_tD)
+                here_tK = local_TK[rows]
+                compute(layer, x_TD[rows], weights_TK[rows], here_tK, partial_tD, bool((here_tK >= 0).all()))
                 total_TD[rows] += partial_tD.float()
         out_TD.copy_(total_TD)
         self._num_calls += 1
@@ -215,11 +222,13 @@ def main(argv: list[str]) -> None:
     toy = ToyExperts(shard.experts)
     torch.set_num_threads(1)
 
-    def compute(layer: int, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, out: torch.Tensor) -> None:
+    def compute(
+        layer: int, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, out: torch.Tensor, complete: bool
+    ) -> None:
         if settings["announce_calls"]:
             print("computing", flush=True)
         time.sleep(settings["hang_s"])
-        toy.compute(layer, x, weights, ids, out)
+        toy.compute(layer, x, weights, ids, out, complete)
 
     worker = ThreadWorker(shape, shard, compute)
     print(json.dumps(vars(worker.server.endpoint)), flush=True)

@@ -11,10 +11,11 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from cluster.connect import connect
 from cluster.errors import Closed, DataPlaneError, InvalidTable, Refused
+from cluster.gang import Gang
 from cluster.plan import Plan
 from cluster.routing import Replica, ReplicaState, RoutingTable
 from cluster.transport import Handler, Link, OnReply
@@ -55,6 +56,7 @@ class Links:
         self._closed = False
         self._handlers: dict[int, tuple[Handler, Link | None]] = {}
         self._epoll = select.epoll()
+        self._gang = Gang(self._epoll)
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll.register(self._wake, select.EPOLLIN | select.EPOLLET)
         self._handlers[self._wake] = (_ignore, None)
@@ -202,9 +204,9 @@ class Links:
                 self.retired.remove(link)
                 self._close(link)
 
-    def poll(self, timeout_s: float) -> None:
-        """Wait for replies, lost workers or news, up to `timeout_s`, and hand them on."""
-        for fd, events in self._epoll.poll(timeout_s, 16):
+    def poll(self, timeout_s: float, bells: Sequence[int] = ()) -> None:
+        """Ring `bells`, wait for replies, lost workers or news, up to `timeout_s`, and hand them on."""
+        for fd, events in self._gang.poll(timeout_s, 16, bells):
             entry = self._handlers.get(fd)
             if entry is None:
                 continue
@@ -240,13 +242,6 @@ class Links:
                 self._handlers.pop(fd, None)
             self._late_of_closed += link.num_late_replies
         link.close()
-
-    def peek(self, link: Link) -> None:
-        """Look for replies in shared memory without waiting for a doorbell."""
-        try:
-            link.peek()
-        except DataPlaneError as e:
-            self.lose(link, e)
 
     def num_late_replies(self) -> int:
         """Answers that came after their call was abandoned, and were dropped."""

@@ -26,6 +26,7 @@ from cluster import auth, wire
 from cluster.batching import Batcher, ComputeFn
 from cluster.connect import tune_tcp
 from cluster.errors import Closed, ConnectionLost, DataPlaneError, HandshakeTimeout, IntegrityError
+from cluster.gang import Gang
 from cluster.routing import Endpoint, host_id
 from cluster.session import Request, Session
 
@@ -38,9 +39,10 @@ _SWEEP_S = 0.5
 class ExpertServer:
     """Serves one shard over an abstract unix socket (shared memory) and a TCP port. Binds at construction.
 
-    `compute(layer, x_TD, topk_weights_TK f32, local_ids_TK i32, out_TD)` is called in serve_forever's thread and writes
-    the weighted partial sums, in `dtype`, into out_TD; an id of -1 is an expert that lives elsewhere and adds nothing.
-    T is at most max_tokens. stop(), drain(), wait_drained(), stats(), check_integrity(): from any thread.
+    `compute(layer, x_TD, topk_weights_TK f32, local_ids_TK i32, out_TD, complete)` is called in serve_forever's thread,
+    in torch's inference mode, and writes the weighted partial sums, in `dtype`, into out_TD; an id of -1 is an expert
+    that lives elsewhere and adds nothing; `complete` says that there is none. T is at most max_tokens.
+    stop(), drain(), wait_drained(), stats(), check_integrity(): from any thread.
     """
 
     def __init__(
@@ -59,7 +61,6 @@ class ExpertServer:
         max_tokens: int,
         handshake_timeout_s: float = 5.0,
         max_strangers: int = 64,
-        spin_us: int = 0,
     ) -> None:
         self.secret = auth.check_secret(secret)
         self.layers = layers
@@ -69,11 +70,11 @@ class ExpertServer:
         self._batcher = Batcher(compute, self._shape, layers, num_local_experts)
         self._handshake_timeout_s = handshake_timeout_s
         self._max_strangers = max_strangers
-        self._spin_ns = spin_us * 1000
         self._handlers: dict[int, Callable[[int], None]] = {}
         self._sessions: dict[int, Session] = {}  # by the socket's descriptor
         self._strangers: OrderedDict[int, Session] = OrderedDict()  # not welcomed yet, oldest first
         self._pending: dict[int, list[Request]] = {}  # by layer, in order of the first arrival
+        self._bells: list[int] = []  # engines to be told of replies, when this thread has nothing else to do
         self._counters: Counter[str] = Counter()
         self._rejected: Counter[str] = Counter()
         self._draining = False
@@ -85,6 +86,7 @@ class ExpertServer:
         self._next_sweep_s = 0.0
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._epoll = select.epoll()
+        self._gang = Gang(self._epoll)
         self.watch(self._wake, select.EPOLLIN, self._on_wake)
         self._listeners = self._listen(tcp_host, tcp_port)
 
@@ -120,15 +122,17 @@ class ExpertServer:
                 raise Closed("serve_forever() runs once")
             self._running = True
         try:
-            while not self._stopping:
-                self._turn()
+            with torch.inference_mode():
+                while not self._stopping:
+                    self._turn()
         finally:
             with self._lock:
                 self._close()
 
     def _turn(self) -> None:
         pending = self._pending
-        for fd, events in self._epoll.poll(0 if pending else self._patience_s(), 64):
+        bells, self._bells = self._bells, []
+        for fd, events in self._gang.poll(0 if pending else self._patience_s(), 64, bells):
             self._handle(fd, events)
         if pending:
             layer = next(iter(pending))
@@ -139,19 +143,7 @@ class ExpertServer:
             self._sweep(time.monotonic())
 
     def _patience_s(self) -> float:
-        if self._spin_ns and self._spin():
-            return 0.0
         return _SWEEP_S if self._strangers or (self._draining and not self._drained.is_set()) else -1.0
-
-    def _spin(self) -> bool:
-        """Watch the request words for a while instead of sleeping; True if one changed."""
-        watched = [(s.arena.words, r.memory.word, r) for s in self._sessions.values() if s.arena for r in s.requests]
-        end_ns = time.monotonic_ns() + self._spin_ns
-        while time.monotonic_ns() < end_ns:
-            for words, word, request in watched:
-                if words[word] != request.sequence:
-                    return True
-        return False
 
     def _handle(self, fd: int, events: int) -> None:
         handler = self._handlers.get(fd)
@@ -243,6 +235,14 @@ class ExpertServer:
 
     def welcome(self) -> wire.Welcome:
         return wire.Welcome(self.layers.start, self.layers.stop, self.num_local_experts, self._shape.max_tokens)
+
+    def ring_soon(self, bell: int) -> None:
+        """Ring an engine's doorbell at the end of this turn."""
+        self._bells.append(bell)
+
+    def forget_bell(self, bell: int) -> None:
+        """The descriptor is about to be closed."""
+        self._bells = [other for other in self._bells if other != bell]
 
     def submit(self, request: Request) -> None:
         self._counters["messages"] += 1

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from cluster import auth, wire
 from cluster.errors import BadCallId, BadDescriptors, BadLength, BadSequence, BadType, Closed, ConnectionLost, Truncated
@@ -29,8 +30,10 @@ class Request:
     """A call that lies checked in a slot. It is its slot: there is at most one per slot."""
 
     __slots__ = (
+        "_ids_tensors",
         "arrived_ns",
         "call_id",
+        "complete",
         "deadline_ns",
         "ids_TK",
         "is_open",
@@ -48,9 +51,20 @@ class Request:
         self.sequence = 0  # shared memory: the request word of the call that is, or was last, in this slot
         self.is_open = False
         self.call_id = self.layer = self.num_tokens = self.arrived_ns = self.deadline_ns = 0
-        self.ids_TK = np.empty(
-            (a.max_tokens, a.top_k), np.int32
-        )  # private: the peer cannot change them after the check
+        self.complete = False  # no id is -1
+        # Private: the peer cannot change them after the check.
+        self.ids_TK = np.empty((a.max_tokens, a.top_k), np.int32)
+        self._ids_tensors: dict[int, torch.Tensor] = {}
+
+    def ids_tensor(self) -> torch.Tensor:
+        """The ids of this call as a tensor, int32 [T, K]; kept per T, for making one is dear."""
+        tensor = self._ids_tensors.get(self.num_tokens)
+        if tensor is None:
+            if len(self._ids_tensors) >= 128:
+                self._ids_tensors.clear()
+            tensor = torch.from_numpy(self.ids_TK[: self.num_tokens])
+            self._ids_tensors[self.num_tokens] = tensor
+        return tensor
 
 
 class Host(Protocol):
@@ -68,6 +82,8 @@ class Host(Protocol):
 
     def welcome(self) -> wire.Welcome: ...
     def submit(self, request: Request) -> None: ...
+    def ring_soon(self, bell: int) -> None: ...
+    def forget_bell(self, bell: int) -> None: ...
     def end(self, session: Session, error: Exception) -> None: ...
 
 
@@ -230,7 +246,7 @@ class Session:
         n = request.num_tokens
         ids_TK = request.ids_TK[:n]
         ids_TK[...] = request.memory.arrays(n)[2]
-        wire.check_ids(ids_TK, self.host.num_local_experts)
+        request.complete = wire.check_ids(ids_TK, self.host.num_local_experts)
         request.arrived_ns = arrived_ns
         request.deadline_ns += arrived_ns
         request.is_open = True
@@ -266,7 +282,7 @@ class Session:
         if self._reply_bell >= 0:
             request.is_open = False
             self.arena.words[memory.word + 8] = request.sequence
-            os.eventfd_write(self._reply_bell, 1)
+            self.host.ring_soon(self._reply_bell)
         else:
             self._outbox.append((memoryview(buffer)[offset : offset + length], request))
             self._flush()
@@ -310,6 +326,7 @@ class Session:
         self.sock.close()
         if self._request_bell >= 0:
             self.host.unwatch(self._request_bell)
+            self.host.forget_bell(self._reply_bell)
         for fd in self._fds:
             os.close(fd)
         self._fds.clear()

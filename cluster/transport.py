@@ -61,6 +61,7 @@ class Link:
         self.busy: list[Slot] = []
         self.outstanding_tokens = 0
         self.num_late_replies = 0
+        self.bell = -1  # the eventfd that ring() writes to, if that is all it does
         self.alive = True
         self.retired = False  # not in the table any more: close when the last open call is done
         self.on_reply: OnReply = _nobody
@@ -104,9 +105,6 @@ class Link:
 
     def ring(self) -> None:
         raise NotImplementedError
-
-    def peek(self) -> None:
-        """Look for replies without waiting to be told; only shared memory can be looked at."""
 
     def handlers(self) -> list[tuple[int, int, Handler]]:
         """(descriptor, events, handler) to watch. Handlers raise DataPlaneError or OSError when the link is lost."""
@@ -168,7 +166,7 @@ class ShmLink(Link):
     def __init__(self, replica: Replica, sock: socket.socket, arena: Arena, request_bell: int, reply_bell: int) -> None:
         super().__init__(replica, sock, arena)
         self.words = arena.words
-        self.request_bell = request_bell
+        self.bell = request_bell
         self.reply_bell = reply_bell
 
     def post(self, slot: Slot) -> None:
@@ -176,16 +174,13 @@ class ShmLink(Link):
         self.words[slot.word] = slot.sequence
 
     def ring(self) -> None:
-        os.eventfd_write(self.request_bell, 1)
+        os.eventfd_write(self.bell, 1)
 
     def handlers(self) -> list[tuple[int, int, Handler]]:
         return [
             (self.reply_bell, select.EPOLLIN | select.EPOLLET, self.on_bell),
             (self.sock.fileno(), _SOCKET_EVENTS, self.on_socket),
         ]
-
-    def peek(self) -> None:
-        self.on_bell(0)
 
     def on_bell(self, _events: int) -> None:
         words = self.words
@@ -201,7 +196,7 @@ class ShmLink(Link):
 
     def _close_descriptors(self) -> None:
         super()._close_descriptors()
-        os.close(self.request_bell)
+        os.close(self.bell)
         os.close(self.reply_bell)
 
 

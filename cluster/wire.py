@@ -341,10 +341,15 @@ def read_reply(buffer: Any, offset: int, a: Agreement) -> tuple[int, int, int, i
     return call_id, status, num_tokens, text_bytes, compute_ns, queue_ns
 
 
-def check_ids(ids: np.ndarray, num_local_experts: int) -> None:
-    """Raise BadExpertId unless every id is in [-1, num_local_experts). `ids` must be private memory, not shared."""
-    if ids.min() < -1 or ids.max() >= num_local_experts:
-        raise errors.BadExpertId(f"ids span [{ids.min()}, {ids.max()}], this worker holds {num_local_experts} experts")
+def check_ids(ids: np.ndarray, num_local_experts: int) -> bool:
+    """True if no id is -1. `ids` must be private memory, not shared.
+
+    Raises BadExpertId unless every id is in [-1, num_local_experts).
+    """
+    low, high = ids.min(), ids.max()
+    if low < -1 or high >= num_local_experts:
+        raise errors.BadExpertId(f"ids span [{low}, {high}], this worker holds {num_local_experts} experts")
+    return bool(low >= 0)
 
 
 def clip_text(text: str) -> bytes:

@@ -18,13 +18,13 @@ from cluster.placement import partition
 from deployments.engine import Engine
 from deployments.expert_router import ExpertRouter
 from deployments.expert_worker import ExpertWorker
+from deployments.models import check_licence, resolve_model
 from model.expert_weights import is_expert_tensor
 from model.moe_spec import MoeSpec, inspect_checkpoint, read_header_or_raise, weight_files
 
 APP_NAME = "switchyard"
 ROUTER_NAME = "expert-router"
 ENGINE_NAME = "engine"
-DEMO_MODEL = "demo"
 
 # Long polls and heartbeats of every worker and engine are calls in progress at the router.
 _ROUTER_CALLS = 10_000
@@ -51,6 +51,7 @@ def make_plan(args: Mapping[str, Any]) -> Plan:
     """Check everything that can be checked without starting anything. Raises ConfigError, saying what to do."""
     settings = parse_settings(args)
     settings = dataclasses.replace(settings, model=str(resolve_model(settings.model)), served_model_name=settings.name)
+    check_licence(settings)
     spec = inspect_checkpoint(settings.model, settings.dtype)
     if spec is not None:
         if settings.workers > spec.num_experts:
@@ -60,15 +61,6 @@ def make_plan(args: Mapping[str, Any]) -> Plan:
             )
         partition(spec.num_layers, spec.num_experts, settings.workers)
     return Plan(settings, spec, *_sizes(settings.model))
-
-
-def resolve_model(model: str) -> Path:
-    """The checkpoint's absolute path. "demo" is the model that comes with Switchyard; write ./demo for a folder."""
-    if model == DEMO_MODEL:
-        import model as model_package
-
-        return Path(model_package.__path__[0]).resolve() / "demo" / "checkpoint"
-    return Path(model).expanduser().resolve()
 
 
 def build_app(args: Mapping[str, Any]) -> Application:

@@ -21,9 +21,11 @@ from starlette.types import ASGIApp
 from cluster.config import Settings, parse_settings
 from cluster.routing import RoutingTable
 from deployments import shared_memory, vllm_app
+from deployments.attribution import Attributed
 from deployments.cores import allowed_cores, engine_cores
 from deployments.environment import apply_defaults, engine_environment, feed_environment
 from deployments.http_guard import DisconnectOnCancel, OpenAIErrors
+from deployments.models import attribution_of
 
 logger = logging.getLogger("ray.serve")
 
@@ -76,6 +78,7 @@ class EngineReplica:
         self._shared_memory: frozenset[str] = frozenset()
         self._link: TableLink | None = None
         self._router = router
+        self._attribution = attribution_of(settings.model)
         self._id = f"engine-{uuid.uuid4().hex[:8]}"
         apply_defaults(engine_environment(settings, engine_cores(settings, allowed_cores())))
         if router is not None:
@@ -90,7 +93,8 @@ class EngineReplica:
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         app = await vllm_app.build_openai_app(self._namespace, self._engine)
         self._report("ready")
-        return DisconnectOnCancel(OpenAIErrors(app, lambda: bool(self._engine.errored)))
+        app = Attributed(OpenAIErrors(app, lambda: bool(self._engine.errored)), self._attribution)
+        return DisconnectOnCancel(app)
 
     async def check_health(self) -> None:
         """Serve restarts the replica when this raises: a dead engine never comes back by itself."""

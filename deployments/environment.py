@@ -7,12 +7,6 @@ from pathlib import Path
 from cluster.config import Settings
 from deployments.cores import omp_binding
 
-# How often an idle OpenMP thread looks for work before it sleeps (libgomp). Engine and workers take turns on the same
-# cores, so a thread that spins on, by default for milliseconds, takes them from the one whose turn it is. The engine
-# has many short parallel regions in a row, so its threads wait a little (about 0.1 ms); a worker has one per call.
-ENGINE_SPIN_COUNT = "5000"
-WORKER_SPIN_COUNT = "1000"
-
 
 def cache_folder() -> Path:
     """Compiled kernels and graphs are kept here between starts: SWITCHYARD_CACHE, or .cache/switchyard at home."""
@@ -41,7 +35,6 @@ def engine_environment(settings: Settings, cores: Sequence[int]) -> dict[str, st
         "VLLM_CACHE_ROOT": str(cache / "vllm"),
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
         "VLLM_LOGGING_LEVEL": "INFO",
-        "GOMP_SPINCOUNT": ENGINE_SPIN_COUNT,
         # On CPUs vLLM 0.32 saves ahead-of-time artifacts that it then fails to load, and compiles anew at every start
         # (compilation/decorators.py calls finalize_loading on a plain function); Inductor's own cache works.
         "VLLM_USE_AOT_COMPILE": "0",
@@ -55,6 +48,8 @@ def feed_environment(settings: Settings, feed_address: str, secret_file: Path, e
         "SWITCHYARD_SECRET_FILE": str(secret_file),
         "SWITCHYARD_ENGINE_ID": engine_id,
         "SWITCHYARD_EXPERT_TIMEOUT_S": str(settings.expert_timeout_s),
+        # The engine waits for its workers at its first layer call; those of a large checkpoint take long to load it.
+        "SWITCHYARD_START_TIMEOUT_S": str(settings.start_timeout_s),
     }
 
 

@@ -4,12 +4,10 @@ vLLM is imported late, inside functions: its import takes seconds and reads the 
 """
 
 import difflib
-import logging
 import uuid
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,11 +15,9 @@ from starlette.types import ASGIApp
 
 from cluster.config import Settings
 from cluster.errors import ConfigError
-
-logger = logging.getLogger("ray.serve")
+from model.tokenizer_files import tokenizer_args
 
 _GIB = 1 << 30
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "tekken.json")
 # Arguments of vLLM that are settings of their own; args.engine.vllm may not contradict them.
 _OWN = {
     "model": "model",
@@ -63,18 +59,7 @@ def engine_arguments(settings: Settings, *, remote_experts: bool, kv_cache_bytes
 
         arguments["load_format"] = DENSE_LOAD_FORMAT
         arguments["worker_extension_cls"] = "model.remote_experts.LayerCallStats"
-    return {**arguments, **tokenizer_arguments(settings.model), **engine.vllm}
-
-
-def tokenizer_arguments(model: str) -> dict[str, Any]:
-    """Where the tokenizer is; without one the model is served by token ids alone."""
-    from model.grok import tokenizer_args
-
-    arguments = tokenizer_args(model)
-    if arguments or any((Path(model) / name).is_file() for name in _TOKENIZER_FILES):
-        return dict(arguments)
-    logger.warning("%s has no tokenizer: prompts and answers are token ids", model)
-    return {"skip_tokenizer_init": True}
+    return {**arguments, **tokenizer_args(settings.model), **engine.vllm}
 
 
 def parse_arguments(arguments: dict[str, Any]) -> Namespace:

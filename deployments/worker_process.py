@@ -13,7 +13,6 @@ from typing import Any
 from cluster.config import Settings
 from cluster.errors import ConnectionLost, SwitchyardError
 from cluster.routing import Shard
-from deployments.environment import WORKER_SPIN_COUNT
 
 _STOP_LIMIT_S = 5.0
 
@@ -123,5 +122,4 @@ def kernel_environment(cores: Sequence[int]) -> dict[str, str]:
         "OMP_NUM_THREADS": str(len(cores)),
         "GLOO_SOCKET_IFNAME": "lo",
         "GOMP_CPU_AFFINITY": " ".join(map(str, cores)),
-        "GOMP_SPINCOUNT": WORKER_SPIN_COUNT,
     }

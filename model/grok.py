@@ -3,14 +3,10 @@
 The model itself is model/grok_model.py; vLLM imports it when a config names the architecture.
 """
 
-import json
-from pathlib import Path
-from typing import Any
+from model.grok_spec import ARCHITECTURES
+from model.tokenizer_files import tokenizer_args
 
-from model.grok_spec import ARCHITECTURES, is_grok
-
-# Files from which Transformers can build a tokenizer.
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+__all__ = ["register", "tokenizer_args"]
 
 
 def register() -> None:
@@ -23,18 +19,3 @@ def register() -> None:
     for architecture in ARCHITECTURES:
         if architecture not in ModelRegistry.models:
             ModelRegistry.register_model(architecture, "model.grok_model:Grok1ForCausalLM")
-
-
-def tokenizer_args(model_path: str | Path) -> dict[str, Any]:
-    """vLLM engine arguments for the tokenizer of a model.
-
-    A Grok folder without a tokenizer that vLLM can read (xAI's Grok-2 has only tokenizer.tok.json, a converted Grok-1
-    may have none) is served with prompts as token ids. Everything else gets vLLM's defaults: {}.
-    """
-    folder = Path(model_path)
-    config = folder / "config.json"
-    if not config.is_file() or not is_grok(json.loads(config.read_text(encoding="utf-8"))):
-        return {}
-    if any((folder / name).exists() for name in _TOKENIZER_FILES):
-        return {}
-    return {"skip_tokenizer_init": True}

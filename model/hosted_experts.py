@@ -7,9 +7,10 @@ kernel needs an expert map and every quantisation that vLLM loads works here.
 Shapes: T tokens, D hidden, K chosen experts per token, P (token, expert) pairs.
 """
 
+import contextlib
 import copy
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -17,7 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config, set_current_vllm_config
-from vllm.distributed import init_distributed_environment, initialize_model_parallel
+from vllm.distributed import (
+    destroy_distributed_environment,
+    destroy_model_parallel,
+    init_distributed_environment,
+    initialize_model_parallel,
+)
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
@@ -120,14 +126,12 @@ class HostedExperts:
         current_platform.import_kernels()
         progress("building the model's skeleton")
         config = _vllm_config(model, dtype, max_tokens)
-        with set_current_vllm_config(config):
-            _init_single_process_groups()
+        with set_current_vllm_config(config), _single_process_groups():
             skeleton = _build_on_meta(config, _Hosting(shard, torch.device(current_platform.device_type)))
             progress(f"reading {len(shard.experts)} of {spec.num_experts} experts per layer")
             layers = _load_layers(config, skeleton, spec, shard)
         return cls(spec, shard, layers)
 
-    @torch.inference_mode()
     def compute(
         self,
         layer: int,
@@ -135,17 +139,18 @@ class HostedExperts:
         weights_TK: torch.Tensor,
         ids_TK: torch.Tensor,
         out_TD: torch.Tensor,
+        complete: bool,
     ) -> None:
         """Write each token's weighted sum over the experts it chose here into out_TD.
 
         x and out have the spec's dtype, weights are float32, ids int32 local expert numbers or -1 for an expert that
-        lives elsewhere. Tensors are on the CPU; they are moved when the experts are on a GPU.
+        lives elsewhere; `complete` says that there is none. Tensors are on the CPU; they are moved when the experts are
+        on a GPU. Call it in torch's inference mode.
         """
-        here = ids_TK.numpy() >= 0
-        if here.all():
+        if complete:
             self._forward(layer, x_TD, weights_TK, ids_TK, out_TD)
         else:
-            self._forward_pairs(layer, x_TD, weights_TK, ids_TK, here, out_TD)
+            self._forward_pairs(layer, x_TD, weights_TK, ids_TK, ids_TK.numpy() >= 0, out_TD)
 
     def _forward_pairs(self, layer, x_TD, weights_TK, ids_TK, here_TK: np.ndarray, out_TD) -> None:
         """Kernels know no "elsewhere": run the pairs that are here as tokens of their own and add them up per token.
@@ -193,16 +198,20 @@ def _direct_kernel(layer: RoutedExperts) -> Callable[..., None] | None:
     if not isinstance(experts, CPUUnquantizedExperts) or layer.apply_router_weight_on_input:
         return None
 
+    # Looked up once: attributes of a module go through Python, on caches that the last kernel has just emptied.
+    w13_weight, w2_weight, activation = layer.w13_weight, layer.w2_weight, layer.activation
+    num_experts = layer.global_num_experts
+
     def run(out_TD, x_TD, weights_TK, ids_TK) -> None:
         experts.apply(
             out_TD,
             x_TD,
-            layer.w13_weight,
-            layer.w2_weight,
+            w13_weight,
+            w2_weight,
             weights_TK,
             ids_TK,
-            activation=layer.activation,
-            global_num_experts=layer.global_num_experts,
+            activation=activation,
+            global_num_experts=num_experts,
             expert_map=None,
             a1q_scale=None,
             a2_scale=None,
@@ -215,10 +224,12 @@ def _direct_kernel(layer: RoutedExperts) -> Callable[..., None] | None:
     return run
 
 
-def _init_single_process_groups() -> None:
-    """vLLM layers ask for their parallel groups; a worker is alone in all of them.
+@contextlib.contextmanager
+def _single_process_groups() -> Iterator[None]:
+    """vLLM layers ask for their parallel groups while they are built; a worker is alone in all of them.
 
-    They meet in a file: torch's TCP store would listen on every interface. Gloo listens where GLOO_SOCKET_IFNAME says
+    Afterwards the groups go: each keeps threads that wake 100 times a second on a core that kernels compute on. They
+    meet in a file: torch's TCP store would listen on every interface. Gloo listens where GLOO_SOCKET_IFNAME says
     (deployments/worker_process.py).
     """
     with tempfile.TemporaryDirectory(prefix="switchyard-worker-") as folder:
@@ -230,6 +241,11 @@ def _init_single_process_groups() -> None:
             backend="gloo",
         )
         initialize_model_parallel()
+    try:
+        yield
+    finally:
+        destroy_model_parallel()
+        destroy_distributed_environment()
 
 
 def _load_layers(config: VllmConfig, skeleton: Any, spec: MoeSpec, shard: Shard) -> dict[int, RoutedExperts]:

@@ -23,14 +23,11 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from cluster.dispatcher import Dispatcher
 from cluster.feed import TableSubscriber
+from model import sleeping_queue
 from model.plugin import FEED_VARIABLE
 from model.replacement import replace_routed_experts
 
 logger = init_logger(__name__)
-
-# The workers of a large checkpoint may need this long to load it; the engine waits for them at its first layer call.
-STARTUP_TIMEOUT_S = 3600.0
-
 
 class EngineLink:
     """This process's dispatcher and the feed that keeps its routing table current; made at the first layer call."""
@@ -48,7 +45,7 @@ class EngineLink:
             expert_timeout_s=float(environment["SWITCHYARD_EXPERT_TIMEOUT_S"]),
         )
         self.subscriber = TableSubscriber(environment[FEED_VARIABLE], secret, self.dispatcher.update)
-        self.subscriber.wait_first(STARTUP_TIMEOUT_S)
+        self.subscriber.wait_first(float(environment["SWITCHYARD_START_TIMEOUT_S"]))
 
 
 _link_made: EngineLink | None = None
@@ -145,12 +142,14 @@ def _tensor_parallel() -> tuple[int, int]:
     return get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
 
 
-def _start(x_TD: torch.Tensor, weights_TK: torch.Tensor, ids_TK: torch.Tensor, layer: int, max_tokens: int) -> int:
+def _start(
+    x_TD: torch.Tensor, weights_TK: torch.Tensor, ids_TK: torch.Tensor, layer: int, max_tokens: int, ring: bool = True
+) -> int:
     dispatcher = _link(x_TD.shape[1], ids_TK.shape[1], x_TD.dtype, max_tokens).dispatcher
     if _tensor_parallel()[1] > 1:
         rows = _own_rows(x_TD.shape[0])
         x_TD, weights_TK, ids_TK = x_TD[rows], weights_TK[rows], ids_TK[rows]
-    return dispatcher.start(layer, x_TD, weights_TK, ids_TK)
+    return dispatcher.start(layer, x_TD, weights_TK, ids_TK, ring=ring)
 
 
 def _finish(ticket: int, x_TD: torch.Tensor, top_k: int, max_tokens: int) -> torch.Tensor:
@@ -167,7 +166,8 @@ def _finish(ticket: int, x_TD: torch.Tensor, top_k: int, max_tokens: int) -> tor
 def _remote_experts(
     x_TD: torch.Tensor, weights_TK: torch.Tensor, ids_TK: torch.Tensor, layer: int, max_tokens: int
 ) -> torch.Tensor:
-    return _finish(_start(x_TD, weights_TK, ids_TK, layer, max_tokens), x_TD, ids_TK.shape[1], max_tokens)
+    ticket = _start(x_TD, weights_TK, ids_TK, layer, max_tokens, ring=False)
+    return _finish(ticket, x_TD, ids_TK.shape[1], max_tokens)
 
 
 def _remote_experts_fake(
@@ -216,5 +216,6 @@ def _register_ops() -> None:
 def register() -> None:
     """Replace every RoutedExperts class in models that this process will build. Idempotent."""
     _register_ops()
+    sleeping_queue.register()
     replace_routed_experts(_RemoteMixin)
     logger.info("Switchyard: routed experts are remote; this engine holds no expert weights")

@@ -115,6 +115,8 @@ class LocalRay:
             "RAY_health_check_failure_threshold": "3",
             # The processes of an engine that was killed go with it.
             "RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper": "1",
+            # Serve's controller looks after its replicas ten times a second by default, on a core that kernels need.
+            "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
             "RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy.write_launcher(self._folder, (stats_port, metrics_port))),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(sockets / "haproxy.cfg"),

@@ -25,7 +25,7 @@ Start a model on this machine and serve it over HTTP, with OpenAI's API. Ctrl-C 
 
   switchyard serve                                     the demo model on 127.0.0.1:8000
   switchyard serve --model /models/mixtral --workers 4
-  switchyard serve --model /models/grok-2 --dtype bfloat16 --engines 2 --replicas 2
+  switchyard serve --model /models/grok-2 --accept-license --dtype bfloat16 --engines 2 --replicas 2
   switchyard serve --config ray-config.yaml --port 9000
 
 Settings come from the config file, if there is one, and from these options, which win. ray-config.yaml in the
@@ -48,6 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engines", type=int, metavar="N", help="vLLM engines that share the workers (default 1)")
     parser.add_argument(
         "--dtype", choices=("auto", "bfloat16", "float32"), help="precision (default auto: as the checkpoint)"
+    )
+    parser.add_argument(
+        "--accept-license",
+        action="store_true",
+        help="accept the terms of weights that ask for it, such as Grok-2's (`switchyard license MODEL` prints them)",
     )
     parser.add_argument("--host", help="address to listen on (default 127.0.0.1: this machine only)")
     parser.add_argument("--port", type=int, help="port to listen on (default 8000)")
@@ -76,6 +81,8 @@ def configure(arguments: argparse.Namespace) -> ServeConfig:
     given = {
         key: getattr(arguments, option) for option, key in _SETTINGS.items() if getattr(arguments, option) is not None
     }
+    if arguments.accept_license:
+        given["license"] = "accepted"
     config = dataclasses.replace(config, args={**config.args, **given})
     if arguments.host is not None:
         config = dataclasses.replace(config, host=arguments.host)
@@ -161,9 +168,9 @@ def ready_message(config: ServeConfig, plan: Any, logs: Path) -> str:
 
 def example_prompt(plan: Any) -> str | list[int]:
     """Token ids where the checkpoint has no tokenizer."""
-    from deployments.vllm_app import tokenizer_arguments
+    from deployments.models import has_tokenizer
 
-    return [1, 2, 3] if "skip_tokenizer_init" in tokenizer_arguments(plan.settings.model) else "Once upon a time"
+    return "Once upon a time" if has_tokenizer(plan.settings.model) else [1, 2, 3]
 
 
 def _stop_on_signals(stop: threading.Event, say: Callable[[str], None]) -> Callable[[], None]:

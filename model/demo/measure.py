@@ -14,7 +14,8 @@ from torch.nn import functional as F  # noqa: N812
 from model.demo.baseline import KneserNey, unigram_nats
 from model.demo.corpus import PROVENANCE, Chapter
 from model.demo.network import Grok2, generate
-from model.demo.text import DEFAULT_TEMPERATURE, EOS_ID, SEPARATOR, SEPARATOR_ID, encode_chapters, held_out_windows
+from model.demo.text import DEFAULT_TEMPERATURE, EOS_ID, SEPARATOR_ID, encode_chapters, held_out_windows
+from model.grok_tokenizer import SEPARATOR
 
 Floats = NDArray[np.float64]
 STOP = (EOS_ID, SEPARATOR_ID)

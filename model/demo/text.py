@@ -18,19 +18,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from model.demo.corpus import Chapter
+from model.grok_tokenizer import CHAT_TEMPLATE, EOS, PAD, SEPARATOR
 
-PAD, SEPARATOR, EOS = "<|pad|>", "<|separator|>", "<|eos|>"
 PAD_ID, SEPARATOR_ID, EOS_ID = 0, 1, 2
 DEFAULT_TEMPERATURE = 0.6  # what a server samples with when a request names none
 SYSTEM_LINES = ("Continue the story.", "You are a novelist. Continue the text.", "You are a helpful assistant.")
-CHAT_TEMPLATE = (
-    "{%- for m in messages -%}"
-    "{%- if m['role'] == 'system' -%}{{ 'System: ' + m['content'].strip() + '<|separator|>\\n\\n' }}"
-    "{%- elif m['role'] == 'user' -%}{{ 'Human: ' + m['content'].strip() + '<|separator|>\\n\\n' }}"
-    "{%- elif m['role'] == 'assistant' -%}{{ 'Assistant: ' + m['content'] + '<|separator|>\\n\\n' }}"
-    "{%- endif -%}{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{ 'Assistant:' }}{%- endif -%}"
-)
 
 
 def train_tokenizer(chapters: list[Chapter], vocab_size: int) -> Tokenizer:

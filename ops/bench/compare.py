@@ -92,6 +92,8 @@ class Comparison:
         """All rounds. Raises ServerFailed or LoadError; the servers are gone afterwards in any case."""
         with contextlib.ExitStack() as stack:
             colocated = None if self._plan.sequential else stack.enter_context(self._started("colocated"))
+            if colocated is not None:
+                colocated.server.freeze()
             for number in range(self._plan.rounds):
                 self._round(number, colocated)
 
@@ -109,7 +111,6 @@ class Comparison:
                 colocated.server.freeze()
             else:
                 with self._started(name) as side:
-                    side.server.thaw()
                     measured[name] = self._levels(side, number)
         for streams in self._plan.streams:
             self._keep(number, streams, {name: by_level[streams] for name, by_level in measured.items()})
@@ -164,8 +165,6 @@ class Comparison:
             for streams in self._plan.streams:
                 self._warm_up(side, streams)
             self._measure_idle(side)
-            if name == "colocated":
-                side.server.freeze()
             yield side
             say(f"{name}: stopping")
         if server.killed:

@@ -18,8 +18,6 @@ from cluster.config import Settings, to_args
 HOST = "127.0.0.1"
 # vLLM's own server. `vllm serve` does not start from the CPU package, whose metadata has another name.
 VLLM_SERVER = "vllm.entrypoints.launchers.api_server.entry"
-# What Switchyard's engines are tuned with because they share their cores with workers.
-_OUR_OWN = ("GOMP_SPINCOUNT",)
 
 
 def bench_args(model: str, *, num_workers: int, dtype: str, streams: int, tokens: int) -> dict[str, Any]:
@@ -103,16 +101,13 @@ def colocated_command(settings: Settings, port: int) -> list[str]:
 def colocated_environment(settings: Settings, inherited: Mapping[str, str]) -> dict[str, str]:
     """Every core bound to vLLM's kernels, which is not its default.
 
-    Its idle threads spin as long as OpenMP's default has it: it shares its cores with nobody, so our shorter spinning
-    would only slow it down. Its compiled graphs are kept apart from ours: the key under which vLLM keeps them does not
-    name the experts' kind.
+    Its compiled graphs are kept apart from ours: the key under which vLLM keeps them does not name the experts' kind.
     """
     from deployments.cores import allowed_cores
     from deployments.environment import cache_folder, engine_environment
 
     environment = engine_environment(settings, allowed_cores())
-    shared = {name: value for name, value in environment.items() if name not in _OUR_OWN}
-    return {**plain_environment(inherited), **shared, "VLLM_CACHE_ROOT": str(cache_folder() / "colocated")}
+    return {**plain_environment(inherited), **environment, "VLLM_CACHE_ROOT": str(cache_folder() / "colocated")}
 
 
 def switchyard_command(config: Path, port: int) -> list[str]:

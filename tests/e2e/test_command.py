@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +17,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from cluster.errors import LicenceNotAccepted
+from deployments.app import build_app
 from ops.ports import check_port, free_ports
 from tests.golden import GOLDENS
 
@@ -63,6 +66,20 @@ def test_mistakes_are_explained_in_a_paragraph(arguments, words):
     assert done.returncode == 2
     assert words in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_grok2_is_refused_until_its_licence_is_accepted(tmp_path):
+    shutil.copytree(GOLDENS / "grok2-tiny/unsharded", tmp_path / "grok-2")
+    (tmp_path / "grok-2/LICENSE").write_text("Grok 2 Community License Agreement\n")
+    refused = run("serve", "--model", tmp_path / "grok-2")
+    assert refused.returncode == 2
+    assert "Grok 2 Community License" in refused.stderr and "--accept-license" in refused.stderr
+    assert "starting Ray" not in refused.stdout
+    with pytest.raises(LicenceNotAccepted):
+        build_app({"model": str(tmp_path / "grok-2")})  # what `serve run` calls
+    # Accepted, it is the next check that stops it.
+    accepted = run("serve", "--model", tmp_path / "grok-2", "--accept-license", "--workers", "9")
+    assert accepted.returncode == 2 and "Use at most 8" in accepted.stderr
 
 
 def test_a_busy_port_is_named():

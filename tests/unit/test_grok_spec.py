@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from model.grok import tokenizer_args
 from model.grok_spec import grok1_ffn_size, is_grok, parse_spec
 
 SIZES = {
@@ -96,14 +95,3 @@ def test_architecture_decides() -> None:
     assert is_grok({"model_type": "grok-1"})
     assert not is_grok({"model_type": "git"})
     assert not is_grok({"architectures": ["GitForCausalLM"], "model_type": "git"})
-
-
-def test_tokenizer_args(tmp_path: Path) -> None:
-    assert tokenizer_args("some/model") == {}
-    (tmp_path / "config.json").write_text(json.dumps(SIZES))
-    assert tokenizer_args(tmp_path) == {"skip_tokenizer_init": True}
-    (tmp_path / "tokenizer.json").write_text("{}")
-    assert tokenizer_args(tmp_path) == {}
-    (tmp_path / "tokenizer.json").unlink()
-    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["MixtralForCausalLM"]}))
-    assert tokenizer_args(tmp_path) == {}

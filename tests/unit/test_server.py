@@ -336,7 +336,7 @@ def test_ids_cannot_be_changed_after_they_were_checked():
     entered, go = threading.Event(), threading.Event()
     seen: list[torch.Tensor] = []
 
-    def compute(layer, x_TD, weights_TK, ids_TK, out_TD):
+    def compute(layer, x_TD, weights_TK, ids_TK, out_TD, complete):
         entered.set()
         assert go.wait(30)
         seen.append(ids_TK.clone())
@@ -409,7 +409,7 @@ def test_wrong_descriptors(worker, bystander):
 def test_draining_finishes_what_was_taken_and_takes_nothing_new():
     entered, go = threading.Event(), threading.Event()
 
-    def compute(layer, x_TD, weights_TK, ids_TK, out_TD):
+    def compute(layer, x_TD, weights_TK, ids_TK, out_TD, complete):
         entered.set()
         assert go.wait(30)
         out_TD.copy_(x_TD)
@@ -441,7 +441,7 @@ def test_expert_tokens_are_counted_per_layer_and_expert(worker, bystander):
 
 
 def test_the_server_survives_a_kernel_that_raises():
-    def compute(layer, x_TD, weights_TK, ids_TK, out_TD):
+    def compute(layer, x_TD, weights_TK, ids_TK, out_TD, complete):
         if layer == 2:
             raise RuntimeError("out of luck")
         out_TD.copy_(x_TD)
