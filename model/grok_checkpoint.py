@@ -6,7 +6,7 @@ done, file by file, and goes on where it was interrupted.
 
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from model.ckpt0_pieces import Piece, check_checksums, check_distinct, plan_piec
 from model.ckpt0_source import TensorReader
 from model.conversion_journal import Journal, PieceState, locked
 from model.int8_experts import METADATA_KEY, dequantise
+from model.licence import licence_files
 from model.safetensors_writer import partial_path, write_json
 
 __all__ = ["RELEASED", "CheckpointError", "Progress", "convert_ckpt0", "read_tensor"]
@@ -74,7 +75,8 @@ def convert_ckpt0(
 ) -> None:
     """Write ckpt-0 folder `src` (or the folder it is in) as the Hugging Face model folder `dst`.
 
-    A conversion that was interrupted is taken up where it was; one that is complete is verified.
+    A conversion that was interrupted is taken up where it was; one that is complete is verified. tokenizer.model and a
+    licence file are copied when they are in `src`.
     exact: see read_tensor; such weights are stored as float32, the others as bfloat16 (norms, gate and embeddings are
     float32 in both, as in ckpt-0). config: fields of xAI's run.py that the files do not tell (key_size, the
     multipliers, sequence_len, num_selected_experts); those of the released model where it lacks them.
@@ -82,7 +84,8 @@ def convert_ckpt0(
     time, each with about a gigabyte of memory at Grok-1's size. progress is called from several threads, one at a time.
     Raises CheckpointError naming a file that is missing, damaged or misplaced, ConfigError for a `dst` in use.
     """
-    source, target = _ckpt0_folder(Path(src)), Path(dst)
+    given, target = Path(src), Path(dst)
+    source = _ckpt0_folder(given)
     checkpoint = inspect_ckpt0(source, config)
     pieces = plan_pieces(checkpoint, experts, exact)
     checksums = known_checksums(tensor_paths(source))
@@ -91,6 +94,7 @@ def convert_ckpt0(
         with locked(target):
             journal = Journal(target, {"experts": experts, "exact": exact, "config": dict(checkpoint.config)})
             _Conversion(target, pieces, journal, checksums, progress).run(workers)
+            _copy_companions((given, source), target)
             _finish(target, checkpoint, pieces, journal, experts, exact)
     except OSError as error:
         raise ConfigError(f"{error.filename or target}: {error.strerror}") from None
@@ -171,6 +175,16 @@ class _Conversion:
 def _ckpt0_folder(source: Path) -> Path:
     inner = source / "ckpt-0"
     return inner if inner.is_dir() and not any(source.glob("tensor*")) else source
+
+
+def _copy_companions(folders: Iterable[Path], target: Path) -> None:
+    """The tokenizer and the licence, where they lie in the folders that were given."""
+    for folder in dict.fromkeys(folders):
+        for path in (folder / "tokenizer.model", *licence_files(folder)):
+            if path.is_file() and not (target / path.name).exists():
+                partial = partial_path(target / path.name)
+                shutil.copyfile(path, partial)
+                partial.rename(target / path.name)
 
 
 def _finish(

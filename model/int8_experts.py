@@ -7,8 +7,10 @@ vLLM has no kernel for that on the CPU (weight-only int8 experts), so they becom
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from cluster.errors import CheckpointError
@@ -35,6 +37,13 @@ def product_dtype(metadata: Mapping[str, str] | None, file: str) -> torch.dtype 
     if value.removeprefix(_PREFIX) not in PRODUCTS:
         raise CheckpointError(f"{file} is quantised as {value!r}, which this version cannot read. Convert it again.")
     return PRODUCTS[value.removeprefix(_PREFIX)]
+
+
+def loaded_bytes_per_stored(path: Path) -> int:
+    """How many bytes a worker needs for each int8 weight of a safetensors file; 1 for a file without such experts."""
+    with safe_open(str(path), framework="pt") as file:
+        product = product_dtype(file.metadata(), str(path))
+    return product.itemsize if product is not None else 1
 
 
 def dequantise(weight_OI: Tensor, scales_OG: Tensor, dtype: torch.dtype) -> Tensor:

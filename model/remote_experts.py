@@ -29,6 +29,7 @@ from model.replacement import replace_routed_experts
 
 logger = init_logger(__name__)
 
+
 class EngineLink:
     """This process's dispatcher and the feed that keeps its routing table current; made at the first layer call."""
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from cluster.errors import CheckpointError
 from model.expert_weights import dense_weights, hosted_weights, read_header
 from model.grok_checkpoint import convert_ckpt0, read_tensor
-from model.int8_experts import METADATA_KEY, dequantise, product_dtype
+from model.int8_experts import METADATA_KEY, dequantise, loaded_bytes_per_stored, product_dtype
 from model.moe_spec import inspect_checkpoint
 from model.tensor_sets import each_once
 from tests import ckpt0, golden
@@ -149,6 +149,26 @@ def test_dequantise() -> None:
         dequantise(weight_OI, scales_OG[:1], torch.float32)
     with pytest.raises(ValueError, match="do not fit"):
         dequantise(weight_OI[:, :3], scales_OG, torch.float32)
+
+
+def test_what_a_file_takes_in_memory(tmp_path: Path) -> None:
+    convert_ckpt0(CKPT, tmp_path / "int8", config=M2, experts="int8")
+    convert_ckpt0(CKPT, tmp_path / "exact", config=M2, experts="int8", exact=True)
+    assert loaded_bytes_per_stored(tmp_path / "int8/model-experts-layer-00000.safetensors") == 2
+    assert loaded_bytes_per_stored(tmp_path / "exact/model-experts-layer-00000.safetensors") == 4
+    assert loaded_bytes_per_stored(tmp_path / "int8/model-dense-layer-00000.safetensors") == 1
+
+
+def test_tokenizer_and_licence_come_along(tmp_path: Path) -> None:
+    source = tmp_path / "grok-1"
+    ckpt0.write(source / "ckpt-0", ckpt0.random_files(1))
+    (source / "LICENSE.txt").write_text("terms")
+    (source / "ckpt-0/tokenizer.model").write_bytes(b"pieces")
+    (tmp_path / "LICENSE").write_text("of something else")
+    convert_ckpt0(source, tmp_path / "out", config=ckpt0.CONFIG)
+    assert (tmp_path / "out/LICENSE.txt").read_text() == "terms"
+    assert (tmp_path / "out/tokenizer.model").read_bytes() == b"pieces"
+    assert not (tmp_path / "out/LICENSE").exists()
 
 
 def test_an_unknown_scheme_is_refused() -> None:
