@@ -21,7 +21,7 @@ from model.ckpt0_layout import RELEASED, Ckpt0, inspect_ckpt0, tensor_paths
 from model.ckpt0_pickle import inspect_file
 from model.ckpt0_pieces import Piece, check_checksums, check_distinct, plan_pieces, write_piece
 from model.ckpt0_source import TensorReader
-from model.conversion_journal import Journal, PieceState, locked
+from model.conversion_journal import Journal, locked
 from model.int8_experts import METADATA_KEY, dequantise
 from model.licence import licence_files
 from model.safetensors_writer import partial_path, write_json
@@ -117,6 +117,7 @@ class _Conversion:
         self._checksums = checksums
         self._progress = progress
         self._lock = threading.Lock()
+        self._journal_lock = threading.Lock()
         self._is_stopped = False
         self._total_bytes = sum(piece.num_bytes for piece in pieces)
         self._done_bytes = self._found_bytes = self._num_files_done = 0
@@ -128,13 +129,10 @@ class _Conversion:
             partial_path(self._target / piece.name).unlink(missing_ok=True)
         self._check_disk(todo)
         with ThreadPoolExecutor(workers, thread_name_prefix="convert") as pool:
-            started = {pool.submit(self._write, piece): piece for piece in todo}
+            started = [pool.submit(self._write, piece) for piece in todo]
             try:
                 for future in as_completed(started):
-                    state = future.result()
-                    check_distinct([*self._journal.pieces.values(), state])
-                    self._journal.add(started[future].name, state)
-                    self._report(started[future].name, files=1)
+                    future.result()
             finally:
                 self._is_stopped = True
                 pool.shutdown(cancel_futures=True)
@@ -147,8 +145,12 @@ class _Conversion:
         self._report(piece.name, piece.num_bytes, files=1)
         return True
 
-    def _write(self, piece: Piece) -> PieceState:
-        return write_piece(piece, self._target, self._checksums, self._written)
+    def _write(self, piece: Piece) -> None:
+        state = write_piece(piece, self._target, self._checksums, self._written)
+        with self._journal_lock:
+            check_distinct([*self._journal.pieces.values(), state])
+            self._journal.add(piece.name, state)
+        self._report(piece.name, files=1)
 
     def _written(self, name: str, num_bytes: int) -> None:
         if self._is_stopped:

@@ -1,7 +1,6 @@
 """A conversion in a process that tells each of its steps and waits before going on, so that it can be killed there."""
 
 import os
-import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -32,12 +31,10 @@ def convert_in_steps(source: Path, target: Path, options: dict[str, Any], step: 
 
 def child(source: Path, target: Path, options: dict[str, Any], connection: Connection) -> None:
     """Run in a process of its own: one message per step, one answer waited for."""
-    lock = threading.Lock()  # the thread that writes files and the one that writes the journal both take steps
 
     def step() -> None:
-        with lock:
-            connection.send_bytes(b"step")
-            connection.recv_bytes()
+        connection.send_bytes(b"step")
+        connection.recv_bytes()
 
     convert_in_steps(source, target, options, step)
     connection.send_bytes(b"done")
