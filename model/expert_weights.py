@@ -11,7 +11,8 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+
+from model.tensor_sets import tensor_sets
 
 _EXPERT = re.compile(r"(?:^|\.)experts\.")
 _EXPERT_NUMBER = re.compile(r"((?:^|.*\.)experts\.)(\d+)(\..*)")
@@ -36,9 +37,12 @@ def read_header(path: Path) -> dict[str, dict[str, object]]:
             raise ValueError(f"{path} is not a complete safetensors file: its header claims {length} of {size} bytes")
         try:
             header = json.loads(file.read(length))
-        except ValueError as error:
+            header.pop("__metadata__", None)
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        except (ValueError, AttributeError, KeyError, TypeError, IndexError) as error:
             raise ValueError(f"{path} is not a safetensors file: {error}") from None
-    header.pop("__metadata__", None)
+    if 8 + length + end != size:
+        raise ValueError(f"{path} is not a complete safetensors file: it has {size} of {8 + length + end} bytes")
     return header
 
 
@@ -48,39 +52,39 @@ def moe_layer_indices(names: Iterable[str]) -> list[int]:
     return sorted(found)
 
 
-def dense_weights(files: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor that is no routed expert's; experts' bytes are not read from disk."""
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
-                if not is_expert_tensor(name):
-                    yield name, tensors.get_tensor(name)
+def dense_weights(files: Iterable[str | Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor that is no routed expert's; experts' bytes are not read from disk.
+
+    Tensors cut for tensor parallelism (model/tp_shards.py) come whole. Raises CheckpointError when parts are missing.
+    """
+    for tensors in tensor_sets(files):
+        for name in tensors.names:
+            if not is_expert_tensor(name):
+                yield name, tensors.tensor(name)
+
+
+def whole_weights(files: Iterable[str | Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor, as a plain and whole one."""
+    for tensors in tensor_sets(files):
+        for name in tensors.names:
+            yield name, tensors.tensor(name)
 
 
 def hosted_weights(
-    files: Iterable[str], experts: Collection[int], num_experts: int
+    files: Iterable[str | Path], experts: Collection[int], num_experts: int
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors of the given experts, renumbered 0..len(experts)-1 in the order of `experts`; nothing else is read.
 
     A stacked tensor (first dimension a multiple of num_experts) is sliced on disk: only the wanted rows are read.
+    Tensors cut for tensor parallelism come whole, int8 experts (model/int8_experts.py) as plain weights.
     """
     local_of = {expert: local for local, expert in enumerate(experts)}
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
-                if not is_expert_tensor(name):
-                    continue
-                match = _EXPERT_NUMBER.fullmatch(name)
-                if match is None:
-                    yield name, _stacked_rows(tensors.get_slice(name), list(experts), num_experts)
-                elif int(match[2]) in local_of:
-                    yield f"{match[1]}{local_of[int(match[2])]}{match[3]}", tensors.get_tensor(name)
-
-
-def _stacked_rows(stacked, experts: list[int], num_experts: int) -> torch.Tensor:
-    """The experts' blocks of a tensor that stacks all experts along dim 0; metadata of another shape passes whole."""
-    shape = stacked.get_shape()
-    if not shape or shape[0] % num_experts:
-        return stacked[:]
-    rows = shape[0] // num_experts
-    return torch.cat([stacked[expert * rows : (expert + 1) * rows] for expert in experts])
+    for tensors in tensor_sets(files):
+        for name in tensors.names:
+            if not is_expert_tensor(name):
+                continue
+            match = _EXPERT_NUMBER.fullmatch(name)
+            if match is None:
+                yield name, tensors.stacked_rows(name, list(experts), num_experts)
+            elif int(match[2]) in local_of:
+                yield f"{match[1]}{local_of[int(match[2])]}{match[3]}", tensors.tensor(name)

@@ -1,202 +1,206 @@
 """Grok-1 as released (the ckpt-0 folder of xai-org/grok-1) -> safetensors with the names of xai-org/grok-2.
 
-ckpt-0 is one pickle per tensor, in the order of JAX's sorted tree (layers in string order: 0, 1, 10, 11, .., 2, 20):
-file 0 embeddings, file 1 final norm, then twelve per layer (_LAYER_FILES). Quantised tensors are int8 with bfloat16
-scales; row-parallel ones have one row of scales for each of xAI's model shards. Pickles are read with a whitelist of
-five names that can build nothing but such arrays; anything else in a file is refused.
+ckpt0_pickle reads a file's structure, ckpt0_layout knows the whole folder, ckpt0_pieces what is written; here it is
+done, file by file, and goes on where it was interrupted.
 """
 
-import json
-import pickle
-from collections.abc import Iterator, Mapping
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, Literal
 
-import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from model.grok_spec import ARCHITECTURE, GROK1_ATTENTION_CAP, GROK1_EMBEDDING_MULTIPLIER, GROK1_OUTPUT_MULTIPLIER
+from cluster.errors import CheckpointError, ConfigError
+from model.ckpt0_checksums import known_checksums
+from model.ckpt0_layout import RELEASED, Ckpt0, inspect_ckpt0, tensor_paths
+from model.ckpt0_pickle import inspect_file
+from model.ckpt0_pieces import Piece, check_checksums, check_distinct, plan_pieces, write_piece
+from model.ckpt0_source import TensorReader
+from model.conversion_journal import Journal, locked
+from model.int8_experts import METADATA_KEY, dequantise
+from model.licence import licence_files
+from model.safetensors_writer import partial_path, write_json
 
-FILES_PER_LAYER = 12
-# In file order. Matrices are [in, out] on disk and [out, in] in safetensors.
-_LAYER_FILES = (
-    "block_sparse_moe.experts.w1",  # moe/linear: gate, goes through the GELU
-    "block_sparse_moe.experts.w2",  # moe/linear_1: down
-    "block_sparse_moe.experts.w3",  # moe/linear_v: up
-    "self_attn.k_proj",
-    "self_attn.o_proj",
-    "self_attn.q_proj",
-    "self_attn.v_proj",
-    "pre_attn_norm",
-    "post_attn_norm",
-    "pre_moe_norm",
-    "post_moe_norm",
-    "block_sparse_moe.gate",
-)
-RELEASED = {
-    "key_size": 128,
-    "attn_output_multiplier": 0.08838834764831845,
-    "embedding_multiplier_scale": GROK1_EMBEDDING_MULTIPLIER,
-    "output_multiplier_scale": GROK1_OUTPUT_MULTIPLIER,
-    "sequence_len": 8192,
-    "num_selected_experts": 2,
-}
+__all__ = ["RELEASED", "CheckpointError", "Progress", "convert_ckpt0", "read_tensor"]
+
+Experts = Literal["bf16", "int8"]
+_DISK_RESERVE_BYTES = 64 << 20
 
 
-class CheckpointError(ValueError):
-    """A file of ckpt-0 is not what the layout says, or holds something a checkpoint has no use for."""
+@dataclass(frozen=True)
+class Progress:
+    """How far a conversion is: bytes to be written in all, of which so many are done, or were found done before."""
 
-
-class _QuantizedWeight:
-    """Stands for __main__.QuantizedWeight8bit; the pickle sets the two attributes."""
-
-    weight: np.ndarray
-    scales: np.ndarray
-
-
-class _BFloat16:
-    """Stands for ml_dtypes.bfloat16, whose arrays are read as their 16-bit patterns."""
-
-
-def _dtype(spec: Any, *_: Any) -> np.dtype:
-    if spec is _BFloat16:
-        return np.dtype("<u2", copy=True)  # type: ignore[call-overload]
-    if spec not in ("i1", "f4"):
-        raise CheckpointError(f"array of type {spec!r} in a checkpoint file")
-    return np.dtype(spec, copy=True)  # type: ignore[call-overload]
-
-
-def _reconstruct(subtype: Any, shape: Any, code: Any) -> np.ndarray:
-    if subtype is not np.ndarray:
-        raise CheckpointError(f"an array of class {subtype!r} in a checkpoint file")
-    return np.ndarray.__new__(np.ndarray, (0,), "b")
-
-
-class _Unpickler(pickle.Unpickler):
-    _ALLOWED: ClassVar = {
-        ("__main__", "QuantizedWeight8bit"): _QuantizedWeight,
-        ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): _dtype,
-        ("ml_dtypes", "bfloat16"): _BFloat16,
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return self._ALLOWED[module, name]
-        except KeyError:
-            raise CheckpointError(f"the checkpoint file asks for {module}.{name}") from None
+    total_bytes: int
+    done_bytes: int
+    found_bytes: int
+    num_files: int
+    num_files_done: int
+    last: str
 
 
 def read_tensor(path: Path, exact: bool = False) -> Tensor:
-    """One file as float32 values of its own shape.
+    """One file of ckpt-0 as float32 values of its own shape.
 
     A quantised tensor is int8 * scale, the product rounded to bfloat16 as xAI's code does; exact=True keeps the float32
-    product. Raises CheckpointError, or pickle.UnpicklingError for a file that is no pickle.
+    product. Raises CheckpointError.
     """
-    with path.open("rb") as file:
-        value = _Unpickler(file).load()
-    if isinstance(value, np.ndarray) and value.dtype == np.float32:
-        return torch.from_numpy(value.copy())
-    if not isinstance(value, _QuantizedWeight) or set(vars(value)) != {"weight", "scales"}:
-        raise CheckpointError(f"{path.name} holds {type(value).__name__}, no float32 array and no quantised weight")
-    if value.weight.dtype != np.int8 or value.scales.dtype != np.uint16:
-        raise CheckpointError(f"{path.name} has {value.weight.dtype} weights and {value.scales.dtype} scales")
-    weight = torch.from_numpy(value.weight.copy())
-    scales = torch.from_numpy(value.scales.view(np.int16).copy()).view(torch.bfloat16)
-    rows, num_scale_rows = weight.shape[-2], scales.shape[-2]
-    if rows % num_scale_rows or weight.shape[-1] != scales.shape[-1]:
-        raise CheckpointError(f"{path.name} has weights {tuple(weight.shape)} and scales {tuple(scales.shape)}")
-    scales = scales.repeat_interleave(rows // num_scale_rows, dim=-2)
-    product = weight.float() * scales.float()
-    return product if exact else product.bfloat16().float()
+    with TensorReader(inspect_file(path)) as reader:
+        values = reader.whole()
+        if reader.tensor.scales is None:
+            return values
+        scales = reader.scales()
+    rows, groups = values.shape[-2], scales.shape[-2]
+    # The scales of a row, repeated, make every row a matrix of one group.
+    flat = values.transpose(-1, -2).reshape(-1, rows)
+    scales = scales.transpose(-1, -2).reshape(-1, groups)
+    product = dequantise(flat, scales, torch.float32 if exact else torch.bfloat16).float()
+    return product.view(values.transpose(-1, -2).shape).transpose(-1, -2).contiguous()
 
 
 def convert_ckpt0(
-    src: str | Path, dst: str | Path, exact: bool = False, config: Mapping[str, Any] | None = None
+    src: str | Path,
+    dst: str | Path,
+    exact: bool = False,
+    config: Mapping[str, Any] | None = None,
+    *,
+    experts: Experts = "bf16",
+    workers: int = 1,
+    progress: Callable[[Progress], None] = lambda _: None,
 ) -> None:
-    """Write ckpt-0 folder `src` as the Hugging Face model folder `dst`, one safetensors file per layer.
+    """Write ckpt-0 folder `src` (or the folder it is in) as the Hugging Face model folder `dst`.
 
-    config: fields of xAI's run.py that the files do not tell (key_size, the multipliers, sequence_len,
-    num_selected_experts); those of the released model where it lacks them. exact: see read_tensor; such weights are
-    stored as float32, the others as bfloat16 (norms, gate and embeddings are float32 in both, as in ckpt-0).
+    A conversion that was interrupted is taken up where it was; one that is complete is verified. tokenizer.model and a
+    licence file are copied when they are in `src`.
+    exact: see read_tensor; such weights are stored as float32, the others as bfloat16 (norms, gate and embeddings are
+    float32 in both, as in ckpt-0). config: fields of xAI's run.py that the files do not tell (key_size, the
+    multipliers, sequence_len, num_selected_experts); those of the released model where it lacks them.
+    experts: "int8" keeps the released weights and scales (model/int8_experts.py). workers: files written at the same
+    time, each with about a gigabyte of memory at Grok-1's size. progress is called from several threads, one at a time.
+    Raises CheckpointError naming a file that is missing, damaged or misplaced, ConfigError for a `dst` in use.
     """
-    source, target = Path(src), Path(dst)
-    fields = RELEASED | dict(config or {})
-    files = sorted(source.glob("tensor*_000"))
-    num_layers, rest = divmod(len(files) - 2, FILES_PER_LAYER)
-    if rest or num_layers < 1:
-        raise CheckpointError(f"{source} has {len(files)} tensor files, not 2 + {FILES_PER_LAYER} per layer")
-    target.mkdir(parents=True, exist_ok=True)
-    weight_map: dict[str, str] = {}
-
-    def write(name: str, tensors: dict[str, Tensor]) -> None:
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, target / name, {"format": "pt"})
-        weight_map.update(dict.fromkeys(tensors, name))
-
-    embeddings = read_tensor(files[0])
-    write(
-        "model-common.safetensors",
-        {"model.embed_tokens.weight": embeddings, "model.norm.weight": read_tensor(files[1])},
-    )
-    shapes: dict[str, tuple[int, ...]] = {}
-    for place, layer in enumerate(sorted(str(number) for number in range(num_layers))):
-        first = 2 + FILES_PER_LAYER * place
-        tensors = dict(_layer_tensors(files[first : first + FILES_PER_LAYER], f"model.layers.{layer}.", exact))
-        write(f"model-layer-{int(layer):05d}.safetensors", tensors)
-        shapes = {name.removeprefix(f"model.layers.{layer}."): tuple(tensor.shape) for name, tensor in tensors.items()}
-    index = {"metadata": {}, "weight_map": weight_map}
-    _write_json(target / "model.safetensors.index.json", index)
-    _write_json(target / "config.json", _config(fields, tuple(embeddings.shape), num_layers, shapes))
+    given, target = Path(src), Path(dst)
+    source = _ckpt0_folder(given)
+    checkpoint = inspect_ckpt0(source, config)
+    pieces = plan_pieces(checkpoint, experts, exact)
+    checksums = known_checksums(tensor_paths(source))
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with locked(target):
+            journal = Journal(target, {"experts": experts, "exact": exact, "config": dict(checkpoint.config)})
+            _Conversion(target, pieces, journal, checksums, progress).run(workers)
+            _copy_companions((given, source), target)
+            _finish(target, checkpoint, pieces, journal, experts, exact)
+    except OSError as error:
+        raise ConfigError(f"{error.filename or target}: {error.strerror}") from None
 
 
-def _layer_tensors(files: list[Path], prefix: str, exact: bool) -> Iterator[tuple[str, Tensor]]:
-    for name, path in zip(_LAYER_FILES, files, strict=True):
-        tensor = read_tensor(path, exact)
-        if tensor.ndim == 1 or name.endswith(".gate"):
-            yield f"{prefix}{name}.weight", tensor.T if tensor.ndim == 2 else tensor
-            continue
-        tensor = tensor.transpose(-1, -2) if exact else tensor.transpose(-1, -2).bfloat16()
-        if tensor.ndim == 2:
-            yield f"{prefix}{name}.weight", tensor
-            continue
-        stem, which = name.rsplit(".", 1)
-        for expert in range(tensor.shape[0]):
-            yield f"{prefix}{stem}.{expert}.{which}.weight", tensor[expert]
+class _Conversion:
+    """The pieces on their way into the folder."""
+
+    def __init__(
+        self,
+        target: Path,
+        pieces: list[Piece],
+        journal: Journal,
+        checksums: dict[str, str],
+        progress: Callable[[Progress], None],
+    ):
+        self._target = target
+        self._pieces = pieces
+        self._journal = journal
+        self._checksums = checksums
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._journal_lock = threading.Lock()
+        self._is_stopped = False
+        self._total_bytes = sum(piece.num_bytes for piece in pieces)
+        self._done_bytes = self._found_bytes = self._num_files_done = 0
+
+    def run(self, workers: int) -> None:
+        """Write what is not there yet. The first error stops the other threads after their current tensor."""
+        todo = [piece for piece in self._pieces if not self._find(piece)]
+        for piece in todo:
+            partial_path(self._target / piece.name).unlink(missing_ok=True)
+        self._check_disk(todo)
+        with ThreadPoolExecutor(workers, thread_name_prefix="convert") as pool:
+            started = [pool.submit(self._write, piece) for piece in todo]
+            try:
+                for future in as_completed(started):
+                    future.result()
+            finally:
+                self._is_stopped = True
+                pool.shutdown(cancel_futures=True)
+
+    def _find(self, piece: Piece) -> bool:
+        if not self._journal.is_finished(piece.name, piece.sources):
+            return False
+        check_checksums(piece, self._journal.pieces[piece.name].sources, self._checksums)
+        self._found_bytes += piece.num_bytes
+        self._report(piece.name, piece.num_bytes, files=1)
+        return True
+
+    def _write(self, piece: Piece) -> None:
+        state = write_piece(piece, self._target, self._checksums, self._written)
+        with self._journal_lock:
+            check_distinct([*self._journal.pieces.values(), state])
+            self._journal.add(piece.name, state)
+        self._report(piece.name, files=1)
+
+    def _written(self, name: str, num_bytes: int) -> None:
+        if self._is_stopped:
+            raise InterruptedError("another file could not be converted")
+        self._report(name, num_bytes)
+
+    def _report(self, last: str, num_bytes: int = 0, files: int = 0) -> None:
+        with self._lock:
+            self._done_bytes += num_bytes
+            self._num_files_done += files
+            done = (self._done_bytes, self._found_bytes, len(self._pieces), self._num_files_done)
+            self._progress(Progress(self._total_bytes, *done, last))
+
+    def _check_disk(self, todo: list[Piece]) -> None:
+        needed_bytes = sum(piece.num_bytes for piece in todo) + _DISK_RESERVE_BYTES
+        free_bytes = shutil.disk_usage(self._target).free
+        if todo and free_bytes < needed_bytes:
+            raise ConfigError(
+                f"{self._target} has {free_bytes / 1e9:.2f} GB left, the conversion needs {needed_bytes / 1e9:.2f} GB. "
+                "Make room, or convert elsewhere."
+            )
 
 
-def _config(
-    fields: Mapping[str, Any], embeddings: tuple[int, ...], num_layers: int, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, Any]:
-    vocab_size, hidden_size = embeddings
-    head_dim = fields["key_size"]
-    return {
-        "architectures": [ARCHITECTURE],
-        "model_type": "grok-1",
-        "torch_dtype": "bfloat16",
-        "vocab_size": vocab_size,
-        "hidden_size": hidden_size,
-        "intermediate_size": shapes["block_sparse_moe.experts.0.w1.weight"][0],
-        "num_hidden_layers": num_layers,
-        "num_attention_heads": shapes["self_attn.q_proj.weight"][0] // head_dim,
-        "num_key_value_heads": shapes["self_attn.k_proj.weight"][0] // head_dim,
-        "head_dim": head_dim,
-        "num_local_experts": shapes["block_sparse_moe.gate.weight"][0],
-        "num_experts_per_tok": fields["num_selected_experts"],
-        "max_position_embeddings": fields["sequence_len"],
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "attn_logit_softcapping": GROK1_ATTENTION_CAP,
-        "attn_output_multiplier": fields["attn_output_multiplier"],
-        "embedding_multiplier_scale": fields["embedding_multiplier_scale"],
-        "output_multiplier_scale": fields["output_multiplier_scale"],
-        "tie_word_embeddings": True,
-        "pad_token_id": 0,
-        "eos_token_id": 2,
-    }
+def _ckpt0_folder(source: Path) -> Path:
+    inner = source / "ckpt-0"
+    return inner if inner.is_dir() and not any(source.glob("tensor*")) else source
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+def _copy_companions(folders: Iterable[Path], target: Path) -> None:
+    """The tokenizer and the licence, where they lie in the folders that were given."""
+    for folder in dict.fromkeys(folders):
+        for path in (folder / "tokenizer.model", *licence_files(folder)):
+            if path.is_file() and not (target / path.name).exists():
+                partial = partial_path(target / path.name)
+                shutil.copyfile(path, partial)
+                partial.rename(target / path.name)
+
+
+def _finish(
+    target: Path, checkpoint: Ckpt0, pieces: list[Piece], journal: Journal, experts: Experts, exact: bool
+) -> None:
+    """The files that make a model folder of it; config.json before the record, which says that all is there."""
+    weight_map = {tensor.entry.name: piece.name for piece in pieces for tensor in piece.tensors}
+    total_bytes = sum(piece.num_bytes for piece in pieces)
+    config = dict(checkpoint.config)
+    if experts == "int8":
+        config[METADATA_KEY] = {"experts": "int8", "scales": "bfloat16", "product": "float32" if exact else "bfloat16"}
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    write_json(target / "model.safetensors.index.json", index)
+    write_json(target / "config.json", config)
+    journal.close()
+    for leftover in target.glob(".*.partial"):  # of JSON files
+        leftover.unlink()

@@ -45,6 +45,7 @@ from vllm.sequence import IntermediateTensors
 
 from model.grok_attention import temperature_backend
 from model.grok_spec import GrokSpec
+from model.tensor_sets import each_once
 
 # SGLang divides by this literal.
 SQRT2 = 1.4142135623730951
@@ -275,7 +276,7 @@ def _multiplier(spec: GrokSpec, value: float, vllm_config: VllmConfig) -> float:
 
 
 class Grok1ForCausalLM(nn.Module):
-    """The architecture both released configs name. Weights: safetensors with the names of xai-org/grok-2, unsharded."""
+    """The architecture both released configs name. Weights: whole tensors with the names of xai-org/grok-2."""
 
     hf_to_vllm_mapper = WeightsMapper(
         orig_to_new_stacked={
@@ -335,4 +336,4 @@ class Grok1ForCausalLM(nn.Module):
         return cap * torch.tanh(logits_TV.float() * (self.output_multiplier / cap))
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        return AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
+        return AutoWeightsLoader(self).load_weights(each_once(weights), mapper=self.hf_to_vllm_mapper)

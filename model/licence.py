@@ -75,7 +75,7 @@ def licence_of(folder: Path) -> Licence:
     be read.
     """
     release = _release(folder)
-    found = [_licence_in(path, release) for path in _licence_files(folder)]
+    found = [_licence_in(path, release) for path in licence_files(folder)]
     if found:
         return next((licence for licence in found if licence.terms.must_accept), found[0])
     if release is not None:
@@ -143,7 +143,8 @@ def _licence_in(path: Path, release: _Release | None) -> Licence:
     return Licence(terms, f"the file {path.name} in {path.parent}", path, text)
 
 
-def _licence_files(folder: Path) -> list[Path]:
+def licence_files(folder: Path) -> list[Path]:
+    """The licence files in a folder, the one that decides first."""
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if _LICENCE_FILE.fullmatch(path.name) and path.is_file()]

@@ -10,6 +10,9 @@ import torch
 
 from cluster.errors import CheckpointError
 from model.expert_weights import is_expert_tensor, moe_layer_indices, read_header
+from model.grok_spec import is_grok
+from model.grok_tensors import check_grok_tensors
+from model.tp_shards import shard_sets
 
 # The names vLLM 0.32 looks for (vllm/transformers_utils/model_arch_config_convertor.py).
 _NUM_EXPERTS_KEYS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")
@@ -39,7 +42,12 @@ def inspect_checkpoint(model: str, dtype: str = "auto") -> MoeSpec | None:
     """
     folder = Path(model)
     config = _read_config(folder)
-    headers = {path.name: read_header_or_raise(path) for path in weight_files(folder)}
+    files = weight_files(folder)
+    shard_sets(files)
+    by_path = {path: read_header_or_raise(path) for path in files}
+    if is_grok(config):
+        check_grok_tensors(folder, config, by_path)
+    headers = {path.name: header for path, header in by_path.items()}
     names = [name for header in headers.values() for name in header]
     layers = moe_layer_indices(names)
     num_experts = _first(config, _NUM_EXPERTS_KEYS)

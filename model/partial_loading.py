@@ -1,6 +1,11 @@
-"""vLLM model loaders that read a part of a checkpoint: everything but routed experts, or only some routed experts."""
+"""vLLM model loaders that read a part of a checkpoint: everything but routed experts, or only some routed experts.
+
+Both read what vLLM's own loader cannot: tensors cut for tensor parallelism, and Grok-1's int8 experts. A third loader
+does that for a model that keeps its experts.
+"""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
 
@@ -9,9 +14,10 @@ from vllm.config.load import LoadConfig
 from vllm.model_executor.model_loader import register_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-from model.expert_weights import dense_weights, is_expert_tensor
+from model.expert_weights import dense_weights, is_expert_tensor, whole_weights
 
 DENSE_LOAD_FORMAT = "switchyard-dense"
+WHOLE_LOAD_FORMAT = "switchyard-whole"
 
 Reader = Callable[[Iterable[str]], Iterator[tuple[str, torch.Tensor]]]
 
@@ -49,6 +55,15 @@ class DenseLoader(PartialLoader):
         super().__init__(load_config, dense_weights, lambda name: not is_expert_tensor(name))
 
 
+class WholeLoader(PartialLoader):
+    """Loads everything: for an engine that keeps its experts."""
+
+    def __init__(self, load_config: LoadConfig):
+        super().__init__(load_config, whole_weights)
+
+
+@functools.cache
 def register() -> None:
-    """Make load_format="switchyard-dense" known to vLLM."""
+    """Make the load formats switchyard-dense and switchyard-whole known to vLLM. Idempotent."""
     register_model_loader(DENSE_LOAD_FORMAT)(DenseLoader)
+    register_model_loader(WHOLE_LOAD_FORMAT)(WholeLoader)

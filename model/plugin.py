@@ -1,7 +1,7 @@
 """Entry point of the vllm.general_plugins group: runs in the API process, the EngineCore and every vLLM worker.
 
-It registers the Grok architecture for everybody, and remote experts only where the engine's environment asks for them;
-without SWITCHYARD_FEED vLLM's MoE layers and weight loaders are the stock ones.
+It registers the Grok architecture and Switchyard's load formats for everybody, and remote experts only where the
+engine's environment asks for them; without SWITCHYARD_FEED vLLM's MoE layers are the stock ones.
 """
 
 import os
@@ -16,9 +16,10 @@ def register() -> None:
     # Without it the first small request dies with SIGILL on CPUs with AMX (vLLM's CPU kernels assume it was called).
     torch.cpu._init_amx()
 
-    from model import grok
+    from model import grok, partial_loading
 
     grok.register()
+    partial_loading.register()
     if os.environ.get(FEED_VARIABLE):
         from model import remote_experts
 

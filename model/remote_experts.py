@@ -23,7 +23,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from cluster.dispatcher import Dispatcher
 from cluster.feed import TableSubscriber
-from model import partial_loading, sleeping_queue
+from model import sleeping_queue
 from model.plugin import FEED_VARIABLE
 from model.replacement import replace_routed_experts
 
@@ -233,6 +233,5 @@ def register() -> None:
     """Replace every RoutedExperts class in models that this process will build. Idempotent."""
     _register_ops()
     sleeping_queue.register()
-    partial_loading.register()
     replace_routed_experts(_RemoteMixin)
     logger.info("Switchyard: routed experts are remote; this engine holds no expert weights")

@@ -14,6 +14,7 @@ from cluster.errors import ConfigError
 # name -> (module, one line for --help)
 COMMANDS = {
     "serve": ("ops.serve", "start a model on this machine and serve it over HTTP"),
+    "convert": ("ops.convert", "turn Grok-1 as released into a folder that can be served"),
     "models": ("ops.models", "list the known models with their shapes and the memory they take"),
     "license": ("ops.license", "print the licence terms that apply to a model"),
     "bench": ("ops.bench", "measure against colocated vLLM, and make benchmark checkpoints"),

@@ -1,0 +1,129 @@
+"""``switchyard convert``: Grok-1 as released into a folder that can be served."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from cluster.errors import ConfigError
+
+if TYPE_CHECKING:
+    from deployments.conversion import Progress
+
+DESCRIPTION = """\
+Convert Grok-1 as released (the folder ckpt-0 of xai-org/grok-1) into safetensors that Switchyard serves.
+
+The files are read as data: nothing in them is ever run. A conversion that was interrupted goes on when the same command
+is given again; one that is complete is verified. If SRC, or the folder it is in, has SHA256SUMS or the metadata of a
+download from Hugging Face, every file is checked against it.
+"""
+
+CONFIG_FILE = "config.json"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `switchyard convert`."""
+    parser.add_argument("source", type=Path, metavar="SRC", help="the folder ckpt-0, or the one that contains it")
+    parser.add_argument("destination", type=Path, metavar="DST", help="folder for the converted model")
+    parser.add_argument(
+        "--experts",
+        choices=("bf16", "int8"),
+        default="bf16",
+        help="bf16: dequantised, each weight rounded to bfloat16 as in xAI's code. "
+        "int8: the released numbers and scales as they are, half the size on disk (%(default)s)",
+    )
+    parser.add_argument(
+        "--exact",
+        action="store_true",
+        help="do not round dequantised weights: float32, for int8 experts when they are loaded",
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="JSON with fields of xAI's run.py (emb_size, key_size, num_layers, ..) of a model of another shape "
+        f"than the released one (SRC/{CONFIG_FILE}, if it is there)",
+    )
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="files written at once (%(default)s)")
+    parser.add_argument(
+        "--progress-s", type=float, default=5.0, metavar="S", help="least seconds between two lines (%(default)s)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Exit status of `switchyard convert`."""
+    if arguments.workers < 1:
+        raise ConfigError(f"--workers: is {arguments.workers}, must be 1 or more.")
+    config = read_config(arguments.source, arguments.config)
+    from deployments.conversion import convert_ckpt0
+
+    convert_ckpt0(
+        arguments.source,
+        arguments.destination,
+        exact=arguments.exact,
+        config=config,
+        experts=arguments.experts,
+        workers=arguments.workers,
+        progress=ProgressLines(sys.stderr, arguments.progress_s, time.monotonic),
+    )
+    print(arguments.destination)
+    return 0
+
+
+def read_config(source: Path, given: Path | None) -> dict[str, Any] | None:
+    """The fields of run.py: from the given file, or from config.json in `source` if there is one; else None.
+
+    They may be the file's top level or its "config". Raises ConfigError when there is no JSON object.
+    """
+    path = given or source / CONFIG_FILE
+    if given is None and not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--config: {path} is no JSON file: {error}") from None
+    fields = content.get("config", content) if isinstance(content, dict) else None
+    if not isinstance(fields, dict):
+        raise ConfigError(f"--config: {path} is not a JSON object.")
+    return fields
+
+
+class ProgressLines:
+    """Called with each Progress; prints a line when `interval_s` has passed since the last one, and at the end."""
+
+    def __init__(self, out: TextIO, interval_s: float, clock_s: Callable[[], float]):
+        self._out = out
+        self._interval_s = interval_s
+        self._clock_s = clock_s
+        self._start_s = clock_s()
+        self._printed_s: float | None = None
+
+    def __call__(self, progress: "Progress") -> None:
+        now_s = self._clock_s()
+        if progress.done_bytes == progress.found_bytes:
+            self._start_s = now_s  # what was found done took no writing: it says nothing about the time left
+        is_last = progress.num_files_done == progress.num_files
+        if self._printed_s is None or is_last or now_s - self._printed_s >= self._interval_s:
+            self._printed_s = now_s
+            print(progress_line(progress, now_s - self._start_s), file=self._out, flush=True)
+
+
+def progress_line(progress: "Progress", elapsed_s: float) -> str:
+    """One line; the time left is what the bytes still missing take at the rate so far."""
+    written_bytes = progress.done_bytes - progress.found_bytes
+    missing_bytes = progress.total_bytes - progress.done_bytes
+    left_s = missing_bytes * elapsed_s / written_bytes if written_bytes else None
+    left = "time left unknown" if left_s is None and missing_bytes else f"{_duration(left_s or 0.0)} left"
+    return (
+        f"  {progress.num_files_done} of {progress.num_files} files, "
+        f"{progress.done_bytes / 1e9:.2f} of {progress.total_bytes / 1e9:.2f} GB, "
+        f"{_duration(elapsed_s)}, {left}: {progress.last}"
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s"
