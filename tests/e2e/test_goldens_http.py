@@ -18,14 +18,20 @@ from tests.serving import Serving
 pytestmark = pytest.mark.timeout(600)
 
 PROMPT_LOGPROB_TOLERANCE = 2e-3
-FOLDERS = {"grok2-tiny": "grok2-tiny/unsharded"}
 
 
 @pytest.fixture(scope="module")
-def grok1(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("grok1") / "grok1-m2"
-    convert_ckpt0(golden.GOLDENS / "grok1-m2/int8/ckpt-0", folder, config=golden.config("grok1-m2"))
-    return folder
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Where the models lie: Grok-1 converted with its released int8 experts, Grok-2 as released, in eight parts."""
+    grok1 = tmp_path_factory.mktemp("grok1") / "grok1-m2"
+    convert_ckpt0(golden.GOLDENS / "grok1-m2/int8/ckpt-0", grok1, config=golden.config("grok1-m2"), experts="int8")
+    grok2 = tmp_path_factory.mktemp("grok2") / "grok2-tiny"
+    grok2.mkdir()
+    for path in (golden.GOLDENS / "grok2-tiny/tp8").iterdir():
+        (grok2 / path.name).symlink_to(path)
+    (grok2 / "LICENSE").write_text("Grok 2 Community License Agreement", encoding="utf-8")
+    others = {name: golden.GOLDENS / name for name in ("mixtral-tiny", "qwen3moe-tiny", "gptoss-tiny")}
+    return {"grok1-m2": grok1, "grok2-tiny": grok2, **others}
 
 
 @pytest.mark.parametrize(
@@ -39,12 +45,12 @@ def grok1(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("grok1-m2", 2),
     ],
 )
-def test_greedy_tokens_equal_the_goldens(serving: Serving, grok1: Path, name: str, workers: int) -> None:
-    folder = grok1 if name == "grok1-m2" else golden.GOLDENS / FOLDERS.get(name, name)
+def test_greedy_tokens_equal_the_goldens(serving: Serving, folders: dict[str, Path], name: str, workers: int) -> None:
     serving.deploy(
         {
-            "model": str(folder),
+            "model": str(folders[name]),
             "served_model_name": name,
+            "license": "accepted",
             "dtype": "float32",
             "workers": workers,
             "engine": {"kv_cache_gib": 0.25, "enforce_eager": True},
@@ -57,6 +63,29 @@ def test_greedy_tokens_equal_the_goldens(serving: Serving, grok1: Path, name: st
         if name.startswith("grok"):
             found = [by_token(entry) for entry in choice["prompt_logprobs"]]
             assert golden.prompt_logprob_difference(case, found) < PROMPT_LOGPROB_TOLERANCE
+    if name == "grok2-tiny":
+        check_text_and_attribution(serving)
+
+
+def check_text_and_attribution(serving: Serving) -> None:
+    """Grok-2's own tokenizer file, chat template and stop tokens, and what its licence asks to be shown."""
+    tokenizer = json.loads((golden.GOLDENS / "grok2-tiny/tokenizer_golden.json").read_text(encoding="utf-8"))
+    for case in tokenizer["encode"]:
+        asked = {"model": "grok2-tiny", "prompt": case["text"], "add_special_tokens": False}
+        assert post(serving, "/tokenize", asked)["tokens"] == case["ids"]
+    chat = {"model": "grok2-tiny", "messages": [{"role": "user", "content": "hello there"}], "max_tokens": 4}
+    assert post(serving, "/v1/chat/completions", chat)["usage"]["completion_tokens"] > 0
+    with urllib.request.urlopen(f"{serving.url}/v1/models", timeout=60) as response:
+        assert response.headers["x-model-attribution"] == "Powered by xAI"
+        assert json.load(response)["data"][0]["attribution"] == "Powered by xAI"
+
+
+def post(serving: Serving, path: str, body: dict[str, Any]) -> Any:
+    request = urllib.request.Request(
+        serving.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=120) as response:
+        return json.load(response)
 
 
 def test_a_dense_model_is_served_without_workers(serving: Serving, tmp_path: Path) -> None:
@@ -108,10 +137,6 @@ def complete(serving: Serving, model: str, case: golden.Case) -> dict[str, Any]:
         "return_token_ids": True,
         "prompt_logprobs": 1,
     }
-    request = urllib.request.Request(
-        f"{serving.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=120) as response:
-        choice: dict[str, Any] = json.load(response)["choices"][0]
+    choice: dict[str, Any] = post(serving, "/v1/completions", body)["choices"][0]
     assert len(choice["token_ids"]) == len(case.greedy)
     return choice

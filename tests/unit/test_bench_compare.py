@@ -18,7 +18,7 @@ class FakeServer:
     model = "m"
 
     def __init__(self, name: str, diary: list[str]):
-        self.name, self.diary, self.is_frozen = name, diary, True
+        self.name, self.diary, self.is_frozen = name, diary, False
 
     def thaw(self) -> None:
         self.is_frozen = False
@@ -81,9 +81,9 @@ def diary(monkeypatch) -> Diary:
 
 def test_only_one_side_runs_at_a_time_and_the_order_alternates(diary):
     diary.comparison.run()
-    ours = ["start switchyard", "thaw switchyard", "switchyard 1", "switchyard 8", "stop switchyard"]
+    ours = ["start switchyard", "switchyard 1", "switchyard 8", "stop switchyard"]
     theirs = ["thaw colocated", "colocated 1", "colocated 8", "freeze colocated"]
-    assert diary.entries == ["start colocated", *theirs, *ours, *ours, *theirs, "stop colocated"]
+    assert diary.entries == ["start colocated", "freeze colocated", *theirs, *ours, *ours, *theirs, "stop colocated"]
 
 
 def test_what_was_measured_is_paired_by_round_and_level(diary):
