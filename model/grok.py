@@ -4,9 +4,6 @@ The model itself is model/grok_model.py; vLLM imports it when a config names the
 """
 
 from model.grok_spec import ARCHITECTURES
-from model.tokenizer_files import tokenizer_args
-
-__all__ = ["register", "tokenizer_args"]
 
 
 def register() -> None:

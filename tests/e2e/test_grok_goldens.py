@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
-from model.grok import tokenizer_args
 from model.grok_checkpoint import convert_ckpt0
+from model.tokenizer_files import tokenizer_args
 from tests import golden
 from tests.reference_grok import ReferenceGrok, load_folder, random_weights
 

@@ -12,9 +12,8 @@ from tokenizers.decoders import DecodeStream
 
 from cluster.errors import CheckpointError, ConfigError
 from deployments.models import has_tokenizer
-from model.grok import tokenizer_args
 from model.grok_tokenizer import write_grok1, write_grok2
-from model.tokenizer_files import converted_tokenizer, find_tokenizer
+from model.tokenizer_files import converted_tokenizer, find_tokenizer, tokenizer_args
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 GROK1_MODEL = GOLDENS / "grok1-tokenizer/tokenizer.model"
