@@ -13,13 +13,21 @@ from cluster.transport import Link, Slot
 
 PENDING, SENT, DONE, COMBINED = range(4)
 
+# A try is silent when it takes so many times what such calls took lately, and at least so long: below that a busy
+# host's scheduling looks like a fault. On hedged requests and their budget: "The Tail at Scale", Dean and Barroso 2013.
+_PATIENCE = 8
+_LEAST_PATIENCE_NS = 100_000_000
+# A system that is slow as a whole must not be asked twice for everything: 5% of messages, after a reserve.
+_HEDGES_PER_MESSAGE = 0.05
+_MAX_HEDGES = 16.0
+
 
 class Part:
     """The tokens of one call that go to one shard in one message."""
 
     __slots__ = (
-        "avoid", "call", "failures", "link", "num_tokens", "overdue_ns", "plan", "result", "route", "rows", "slot",
-        "source", "state",
+        "avoid", "call", "failures", "link", "not_finite", "num_tokens", "overdue_ns", "plan", "result", "rivals",
+        "route", "rows", "slot", "source", "state",
     )  # fmt: skip
 
     def __init__(self, call: Call, plan: Plan, route: Route, rows: slice | np.ndarray, num_tokens: int) -> None:
@@ -33,9 +41,11 @@ class Part:
         self.slot: Slot | None = None  # held until the answer was used or the part moved elsewhere
         self.source: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None  # x, weights, local ids when in no slot
         self.result: torch.Tensor | None = None  # the answer, when it had to leave its slot
+        self.rivals: list[tuple[Link, Slot]] = []  # earlier tries whose answer would still do
         self.overdue_ns = 0
         self.avoid: set[Link] = set()
         self.failures: list[str] = []
+        self.not_finite: list[str] = []  # replicas that answered with NaN or infinity
 
     def inputs(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """x_tD, weights_tK and local ids_tK of this part, wherever they are now."""
@@ -52,11 +62,33 @@ class Part:
         return self.slot.tensors(self.num_tokens)[2]
 
     def let_go(self) -> None:
-        """Give the slot back, or leave it behind as a zombie if its answer is still to come."""
+        """Give the slots back, or leave them behind as zombies if their answers are still to come."""
         slot, link = self.slot, self.link
         self.slot = None
         if slot is not None and link is not None and link.alive and slot.owner is self:
             link.abandon(slot)
+        self.drop_rivals()
+
+    def drop_rivals(self) -> None:
+        """Nobody waits for the earlier tries any more."""
+        for link, slot in self.rivals:
+            if link.alive:
+                link.abandon(slot)
+        self.rivals.clear()
+
+    def promote_rival(self) -> None:
+        """The current try is lost: the newest of the earlier ones takes its place."""
+        rivals, self.rivals = self.rivals, []
+        self.let_go()
+        self.link, self.slot = rivals.pop()
+        self.rivals = rivals
+        self.source = None
+        self.state = SENT
+
+    @property
+    def asked(self) -> set[Link]:
+        """Who has this part now, or failed it: whom not to ask next."""
+        return {*self.avoid, *(link for link, _ in self.rivals), *([self.link] if self.link else [])}
 
     def leave_slot(self) -> None:
         """Copy what is still needed out of the slot, so that another part may have it."""
@@ -111,6 +143,10 @@ class Counters:
     rows_combined: int = 0
     rows_failed: int = 0
     resent: int = 0
+    hedged: int = 0  # sent to a second replica because the first was silent; hedge_wins: the second was faster
+    hedge_wins: int = 0
+    not_finite: int = 0  # answers with NaN or infinity that were asked for once more
+    not_finite_kept: int = 0  # ... and came again, so the input is to blame
     resplit: int = 0
     expired: int = 0
     errors: int = 0
@@ -125,20 +161,37 @@ class Counters:
 
 
 class Outbox:
-    """Numbers calls and posts parts to links."""
+    """Numbers calls, posts parts to links, and decides how long each is waited for before somebody else is asked."""
 
     def __init__(self, attempt_ns: int) -> None:
         self.counters = Counters()
         self.attempt_ns = attempt_ns
+        self.least_patience_ns = min(_LEAST_PATIENCE_NS, attempt_ns)
         self.budget_us = min(attempt_ns // 1000, wire.MAX_BUDGET_US)
+        self._hedges = _MAX_HEDGES
         self._last_call_id = 0
 
     def post(self, part: Part, link: Link, slot: Slot, now_ns: int, budget_us: int) -> None:
         """Publish a slot that the part's inputs were written to. The link still has to be rung."""
         part.link, part.slot, part.source = link, slot, None
         part.state = SENT
-        part.overdue_ns = now_ns + self.attempt_ns
+        part.overdue_ns = overdue_ns = now_ns + self._patience_ns(part)
+        if overdue_ns < part.call.check_ns:
+            part.call.check_ns = overdue_ns
         self._last_call_id = call_id = self._last_call_id + 1
         link.write_header(slot, call_id, part.call.layer, budget_us, now_ns)
         link.post(slot)
         self.counters.messages += 1
+        if self._hedges < _MAX_HEDGES:
+            self._hedges += _HEDGES_PER_MESSAGE
+
+    def _patience_ns(self, part: Part) -> int:
+        expected_ns = part.route.latency.expected_ns(part.num_tokens)
+        if not expected_ns or self._hedges < 1:
+            return self.attempt_ns
+        return min(max(_PATIENCE * expected_ns, self.least_patience_ns), self.attempt_ns)
+
+    def hedge(self) -> None:
+        """A part is about to be sent a second time because the first try is silent."""
+        self._hedges -= 1
+        self.counters.hedged += 1

@@ -18,7 +18,9 @@ import numpy as np
 import torch
 
 from cluster import auth, wire
-from cluster.calls import COMBINED, DONE, PENDING, Call, Outbox, Part
+from cluster.answers import Answers
+from cluster.blame import OnAccused, Suspicions
+from cluster.calls import COMBINED, DONE, Call, Outbox, Part
 from cluster.combine import Accumulator
 from cluster.errors import Closed, ConfigError, ExpertsUnavailable, IntegrityError, InvalidCall
 from cluster.links import Links
@@ -35,9 +37,11 @@ _now_ns = time.monotonic_ns
 class Dispatcher:
     """Sends layer calls of one engine to the expert workers of the current routing table.
 
-    expert_timeout_s bounds every call. attempt_timeout_s (default: a third of it) is how long one replica is waited for
-    while another is there to ask. num_slots calls may be open per worker at once. With
-    `on_timeout`, a call whose time is up is reported to it, in words, and waits on instead of failing.
+    expert_timeout_s bounds every call. A replica that takes much longer than usual (at most attempt_timeout_s, default
+    a third of expert_timeout_s) is suspected and another one asked too, if there is one; the first answer counts.
+    num_slots calls may be open per worker at once. With `on_timeout`, a call whose time is up is reported to it, in
+    words, and waits on instead of failing. `on_accused(replica_id, cause)` hears of every suspicion that begins, from
+    the engine's thread or a connecting one.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class Dispatcher:
         attempt_timeout_s: float | None = None,
         num_slots: int = 2,
         on_timeout: Callable[[str], None] | None = None,
+        on_accused: OnAccused = lambda _replica_id, _cause: None,
     ) -> None:
         if expert_timeout_s <= 0:
             raise ConfigError(f"expert_timeout_s must be positive, not {expert_timeout_s}")
@@ -64,7 +69,9 @@ class Dispatcher:
         self._timeout_ns = int(expert_timeout_s * 1e9)
         attempt_s = expert_timeout_s / 3 if attempt_timeout_s is None else min(attempt_timeout_s, expert_timeout_s)
         self._outbox = Outbox(int(attempt_s * 1e9))
-        self._links = Links(self._shape, engine_id, secret, self._on_reply, self._on_down)
+        self._suspicions = Suspicions(on_accused)
+        answers = Answers(self._outbox.counters, self._suspicions, self._shape)
+        self._links = Links(self._shape, engine_id, secret, self._suspicions, answers.on_reply, answers.on_down)
         self._sum = Accumulator(hidden_size, max_tokens)
         self._recovery = Recovery(self._links, self._outbox, self._sum, self._timeout_ns, on_timeout)
         self._staging: Staging | None = None  # made when the first tensor on another device comes
@@ -147,6 +154,9 @@ class Dispatcher:
             "epoch": plan.table.epoch if plan else -1,
             "links": {link.replica.replica_id: getattr(link, "kind", "") for link in links},
             "refusals": dict(self._links.refusals),
+            "accusations": dict(self._suspicions.counts),
+            "suspected": self._suspicions.suspected(_now_ns()),
+            "suspicion_ignored": sum(route.num_unsuspecting for route in plan.routes.values()) if plan else 0,
             "open_calls": len(self._calls),
         }
 
@@ -190,7 +200,7 @@ class Dispatcher:
 
     def _current_plan(self, begin_ns: int) -> Plan:
         links = self._links
-        if links.has_news:
+        if links.has_news or begin_ns >= self._suspicions.review_ns:
             links.absorb()
         while links.plan is None:
             if self._closed:
@@ -360,44 +370,6 @@ class Dispatcher:
                 self.counters.rows_failed += part.num_tokens
                 part.let_go()
         call.parts.clear()
-
-    # -- what links report ----------------------------------------------------------------------------------------
-
-    def _on_reply(self, slot: Slot, status: int, compute_ns: int, queue_ns: int, text: str) -> None:
-        part: Part = slot.owner
-        counters = self.counters
-        if status == wire.OK:
-            part.state = DONE
-            part.call.num_open -= 1
-            counters.compute_ns += compute_ns
-            counters.queue_ns += queue_ns
-            return
-        part.state = PENDING
-        part.call.trouble = True
-        assert part.link is not None
-        if status == wire.EXPIRED:
-            counters.expired += 1
-            return
-        part.avoid.add(part.link)
-        if status == wire.ERROR:
-            counters.errors += 1
-            part.failures.append(f"{part.link.replica.replica_id}: {text}")
-        else:
-            counters.refused_draining += 1
-
-    def _on_down(self, link: Link, _error: Exception) -> None:
-        """A worker is gone: its unanswered parts are pending again, with their inputs still in our memory."""
-        for slot in link.busy:
-            part: Part | None = slot.owner
-            if part is None:
-                continue
-            if part.state == DONE:
-                part.result = part.partial()
-            else:
-                part.source = slot.arrays(part.num_tokens)[:3]
-                part.state = PENDING
-                part.call.trouble = True
-            part.slot = None
 
 
 def _ring(link: Link, later: list[int] | None) -> None:

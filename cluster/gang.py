@@ -15,10 +15,11 @@ import os
 import select
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from cluster.native import library
 
 # The team comes back so often, for Python to handle signals; after a second there is nobody to hand cores to.
 _TEAM_WAIT_MS = 20
@@ -62,11 +63,11 @@ class Gang:
 
 @functools.cache
 def _team_wait() -> Any:
-    """switchyard_gang_wait of the library that was built when Switchyard was installed; None if it was not."""
-    path = next(Path(__file__).parent.glob("_gang*.so"), None)
-    if path is None:
+    """switchyard_gang_wait; None where the library was not built."""
+    native = library()
+    if native is None:
         return None
-    function = ctypes.CDLL(str(path)).switchyard_gang_wait
+    function = native.switchyard_gang_wait
     function.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_int), ctypes.c_int, ctypes.c_int)
     function.restype = None
     return function

@@ -12,12 +12,14 @@ import select
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
+from cluster.blame import Cause, Suspicions
 from cluster.connect import connect
-from cluster.errors import Closed, DataPlaneError, InvalidTable, Refused
+from cluster.errors import Closed, DataPlaneError, InvalidTable, Malformed, Refused, WrongSecret
 from cluster.gang import Gang
 from cluster.plan import Plan
-from cluster.routing import Replica, ReplicaState, RoutingTable
+from cluster.routing import Replica, ReplicaState, Role, RoutingTable
 from cluster.transport import Handler, Link, OnReply
 from cluster.wire import Agreement
 
@@ -32,10 +34,19 @@ OnDown = Callable[[Link, Exception], None]
 class Links:
     """Owns the plan, the links and the epoll that watches them."""
 
-    def __init__(self, agreement: Agreement, engine_id: str, secret: bytes, on_reply: OnReply, on_down: OnDown) -> None:
+    def __init__(
+        self,
+        agreement: Agreement,
+        engine_id: str,
+        secret: bytes,
+        suspicions: Suspicions,
+        on_reply: OnReply,
+        on_down: OnDown,
+    ) -> None:
         self._agreement = agreement
         self._engine_id = engine_id
         self._secret = secret
+        self.suspicions = suspicions
         self._on_reply = on_reply
         self._on_down = on_down
         self.plan: Plan | None = None
@@ -143,8 +154,11 @@ class Links:
                 self._secret,
                 _CONNECT_TIMEOUT_S,
             )
-        except Refused as e:
-            _LOG.error("replica %s refused us: %s", replica.replica_id, e)
+        except (Refused, WrongSecret) as e:
+            if replica.replica_id not in self.refusals:
+                cause = Cause.REFUSED if isinstance(e, Refused) else Cause.WRONG_SECRET
+                _LOG.error("replica %s: %s: %s", replica.replica_id, cause.value, e)
+                self.suspicions.on_accused(replica.replica_id, cause)
             self.refusals[replica.replica_id] = str(e)
         except (DataPlaneError, OSError) as e:
             _LOG.debug("replica %s: %s", replica.replica_id, e)
@@ -161,36 +175,46 @@ class Links:
         for link in fresh:
             self._install(link)
         if table is not None:
-            self.plan = Plan(table)
-        self._refill_routes()
+            self.plan = Plan(table, self.plan)
+        self.refill_routes()
 
     def _install(self, link: Link) -> None:
         self.by_replica[link.replica] = link
         link.on_reply = self._on_reply
+        link.on_late = self.suspicions.explain
         link.epoll = self._epoll
         for fd, events, handler in link.handlers():
             self._handlers[fd] = (handler, link)
             self._epoll.register(fd, events)
 
-    def _refill_routes(self) -> None:
+    def refill_routes(self) -> None:
         """Make every route's links those of the plan's ONLINE replicas; retire links that the table no longer has."""
         if self.plan is None:
             return
+        now_ns = time.monotonic_ns()
+        self.suspicions.reviewed(now_ns)
         listed = {_key(r): r.state for r in self.plan.table.replicas if r.state is not ReplicaState.GONE}
         for route in self.plan.routes.values():
-            route.links = []
+            route.links, route.shadows, route.suspects = [], [], []
         for key, link in list(self.by_replica.items()):
             state = listed.get(key)
             if state is None:
                 self._retire(key, link)
             elif state is ReplicaState.ONLINE:
-                self.plan.routes[key.shard_id].links.append(link)
+                route = self.plan.routes[key.shard_id]
+                if self.suspicions.is_suspected(key.replica_id, now_ns):
+                    route.suspects.append(link)
+                elif key.role is Role.SHADOW:
+                    route.shadows.append(link)
+                else:
+                    route.links.append(link)
 
     def _retire(self, key: Replica, link: Link) -> None:
         newest = self._newest
         if newest is not None and key in {_key(r) for r in newest.replicas if r.state is not ReplicaState.GONE}:
             return  # connected for a table that is not published yet
         del self.by_replica[key]
+        self.suspicions.acquit(key.replica_id)
         with self._changed:
             self._known.discard(key)
         link.retired = True
@@ -223,6 +247,8 @@ class Links:
             return
         self.num_lost += 1
         _LOG.warning("lost replica %s (%s): %s", link.replica.replica_id, type(error).__name__, error)
+        if isinstance(error, Malformed):
+            self.suspicions.accuse(link.replica.replica_id, Cause.MALFORMED, time.monotonic_ns())
         self._on_down(link, error)
         self._close(link)
         if link in self.retired:
@@ -230,7 +256,7 @@ class Links:
             return
         key = link.replica
         del self.by_replica[key]
-        self._refill_routes()
+        self.refill_routes()
         with self._changed:
             self._known.discard(key)
             if self._newest is not None and key in _online(self._newest):
@@ -269,11 +295,7 @@ class Links:
 
 def _key(replica: Replica) -> Replica:
     """The replica as if ONLINE: what a link is filed under."""
-    if replica.state is ReplicaState.ONLINE:
-        return replica
-    return Replica(
-        replica.replica_id, replica.shard_id, replica.endpoint, ReplicaState.ONLINE, replica.pid, replica.node
-    )
+    return replica if replica.state is ReplicaState.ONLINE else replace(replica, state=ReplicaState.ONLINE)
 
 
 def _online(table: RoutingTable) -> set[Replica]:

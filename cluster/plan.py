@@ -10,33 +10,59 @@ from collections.abc import Collection
 
 import numpy as np
 
+from cluster.blame import Latency
 from cluster.errors import InvalidCall
 from cluster.routing import RoutingTable, Shard
 from cluster.transport import Link
 
 
 class Route:
-    """A shard and the live links to its ONLINE replicas."""
+    """A shard and the live links to its ONLINE replicas, in the order in which they are asked.
 
-    __slots__ = ("global_ids", "links", "shard")
+    links: primaries that are above suspicion. shadows: the same of shadow replicas. suspects: all others.
+    """
+
+    __slots__ = ("global_ids", "latency", "links", "num_unsuspecting", "shadows", "shard", "suspects")
 
     def __init__(self, shard: Shard) -> None:
         self.shard = shard
         self.links: list[Link] = []
+        self.shadows: list[Link] = []
+        self.suspects: list[Link] = []
+        self.latency = Latency()
+        self.num_unsuspecting = 0  # how often suspicion was ignored because there was nobody else
         self.global_ids = np.array([*shard.experts, -1], np.int32)  # by local id; -1 stays -1
 
     def choose(self, avoid: Collection[Link] = ()) -> Link | None:
-        """A link with an idle slot, or None: of two drawn at random, the one with fewer outstanding tokens."""
+        """A link with an idle slot, or None: of two drawn at random, the one with fewer outstanding tokens.
+
+        Shadows are asked where no primary can be, suspects where nobody else can be.
+        """
         links = self.links
-        if len(links) == 1 and not avoid:
-            return links[0] if links[0].free else None
-        usable = [link for link in links if link.free and link not in avoid]
-        if len(usable) < 2:
-            return usable[0] if usable else None
-        first = int(random.random() * len(usable))
-        second = (first + 1 + int(random.random() * (len(usable) - 1))) % len(usable)
-        a, b = usable[first], usable[second]
-        return a if a.outstanding_tokens <= b.outstanding_tokens else b
+        if len(links) == 1 and not avoid and links[0].free:
+            return links[0]
+        able = _able(links, avoid) or _able(self.shadows, avoid)
+        if not able and self.suspects:
+            able = _able(self.suspects, avoid)
+            self.num_unsuspecting += bool(able)
+        return _lighter([link for link in able if link.free])
+
+    def all(self) -> list[Link]:
+        return [*self.links, *self.shadows, *self.suspects]
+
+
+def _able(links: list[Link], avoid: Collection[Link]) -> list[Link]:
+    """Those that can take a call now or will as soon as one is answered in time."""
+    return [link for link in links if link not in avoid and (link.free or not link.is_stuck)]
+
+
+def _lighter(links: list[Link]) -> Link | None:
+    if len(links) < 2:
+        return links[0] if links else None
+    first = int(random.random() * len(links))
+    second = (first + 1 + int(random.random() * (len(links) - 1))) % len(links)
+    a, b = links[first], links[second]
+    return a if a.outstanding_tokens <= b.outstanding_tokens else b
 
 
 class LayerPlan:
@@ -80,11 +106,17 @@ def check_global_ids(ids_TK: np.ndarray, num_experts: int) -> None:
 
 
 class Plan:
-    """A table with its routes and layers. Layers that are served by the same shards share one LayerPlan."""
+    """A table with its routes and layers. Layers that are served by the same shards share one LayerPlan.
 
-    def __init__(self, table: RoutingTable) -> None:
+    What the plan before it has learnt about the speed of equal shards is kept.
+    """
+
+    def __init__(self, table: RoutingTable, before: Plan | None = None) -> None:
         self.table = table
         self.routes = {s.shard_id: Route(s) for s in table.shards}
+        learnt = {route.shard: route.latency for route in before.routes.values()} if before else {}
+        for route in self.routes.values():
+            route.latency = learnt.get(route.shard, route.latency)
         made: dict[tuple[int, ...], LayerPlan] = {}
         self.layers: list[LayerPlan] = []
         for layer in range(table.num_layers):

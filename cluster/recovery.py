@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from cluster.blame import Cause
 from cluster.calls import COMBINED, DONE, PENDING, SENT, Call, Outbox, Part
 from cluster.combine import Accumulator
 from cluster.errors import ExpertsFailed, ExpertsUnavailable
@@ -52,21 +53,31 @@ class Recovery:
         assert plan is not None
         for part in call.parts[:]:
             if part.state == SENT and now_ns >= part.overdue_ns:
-                self._take_back(part, plan, now_ns)
+                self._hedge(part, plan, now_ns)
             if part.state == PENDING:
                 self._send_again(part, plan, now_ns, out_TD)
         call.check_ns = min([call.deadline_ns, *(p.overdue_ns for p in call.parts if p.state == SENT)])
 
-    def _take_back(self, part: Part, plan: Plan, now_ns: int) -> None:
-        """An overdue part becomes pending if another replica could take it now; else it goes on waiting."""
+    def _hedge(self, part: Part, plan: Plan, now_ns: int) -> None:
+        """A silent part is sent to another replica too, if there is one: the first answer counts."""
         route = plan.find(part.call.layer, part.route.shard.experts)
-        assert part.link is not None
-        if route is not None and route.choose({*part.avoid, part.link}) is None:
-            part.overdue_ns = now_ns + max(self._outbox.attempt_ns // 4, 1_000_000)
+        if route is None:  # to be split anew
+            part.leave_slot()
+            part.state = PENDING
             return
-        part.source = part.inputs()  # read before the zombie's late reply can free the slot: within this mend()
-        part.state = PENDING
-        part.let_go()
+        part.route, part.plan = route, plan
+        link = route.choose(part.asked)
+        if link is None:
+            part.overdue_ns = now_ns + self._outbox.least_patience_ns
+            return
+        assert part.link is not None and part.slot is not None
+        self._links.suspicions.accuse(part.link.replica.replica_id, Cause.SILENT, now_ns)
+        self._links.refill_routes()
+        inputs = part.inputs()
+        part.drop_rivals()
+        part.rivals.append((part.link, part.slot))
+        self._outbox.hedge()
+        self._post(part, link, inputs, now_ns)
 
     def _send_again(self, part: Part, plan: Plan, now_ns: int, out_TD: torch.Tensor) -> None:
         if part.plan is not plan:
@@ -75,6 +86,10 @@ class Recovery:
                 self._resplit(part, plan, now_ns, out_TD)
                 return
             part.route, part.plan = route, plan
+        if part.rivals and part.route.choose(part.asked) is None:
+            part.promote_rival()
+            part.overdue_ns = now_ns + self._outbox.least_patience_ns
+            return
         link = self._choose(part)
         if link is not None:
             self._move(part, link, now_ns)
@@ -82,16 +97,15 @@ class Recovery:
         part.call.trouble = True
         if part.slot is not None or part.source is not None:
             part.leave_slot()
-        if part.failures and all(other in part.avoid for other in part.route.links):
+        if part.failures and all(other in part.avoid for other in part.route.all()):
             raise ExpertsFailed(f"layer {part.call.layer}: " + "; ".join(part.failures))
 
     def _choose(self, part: Part) -> Link | None:
         """Another replica than the last if possible; if slots are all that is missing, answers leave theirs."""
-        others = part.route.choose({*part.avoid, part.link} if part.link else part.avoid)
-        link = others or part.route.choose(part.avoid)
+        link = part.route.choose(part.asked) or part.route.choose(part.avoid)
         if link is not None:
             return link
-        for link in part.route.links:
+        for link in part.route.all():
             if link not in part.avoid:
                 for slot in link.busy[:]:
                     if slot.answered and slot.owner is not None and slot.owner.state == DONE:
@@ -102,15 +116,18 @@ class Recovery:
     def _move(self, part: Part, link: Link, now_ns: int) -> None:
         """Copy a part's inputs into a slot of another link and send it."""
         inputs, old_link, old_slot = part.inputs(), part.link, part.slot
+        self._post(part, link, inputs, now_ns)
+        if old_slot is not None and old_link is not None and old_link.alive:
+            old_link.abandon(old_slot)
+        self._counters.resent += old_link is not None
+
+    def _post(self, part: Part, link: Link, inputs: tuple[np.ndarray, ...], now_ns: int) -> None:
         slot = link.take(part, part.num_tokens)
         for target, source in zip(slot.arrays(part.num_tokens)[:3], inputs, strict=True):
             target[...] = source
-        if old_slot is not None and old_link is not None and old_link.alive:
-            old_link.abandon(old_slot)
         left_us = (part.call.deadline_ns - now_ns) // 1000
         self._outbox.post(part, link, slot, now_ns, min(left_us, self._outbox.budget_us))
         link.ring()
-        self._counters.resent += old_link is not None
 
     def _resplit(self, part: Part, plan: Plan, now_ns: int, out_TD: torch.Tensor) -> None:
         """The part's shard is not in the new table: spread its rows over the shards that are."""

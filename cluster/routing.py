@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from cluster.errors import InvalidTable
 
 _T = TypeVar("_T")
+_E = TypeVar("_E", bound=enum.Enum)
 
 
 class ReplicaState(enum.Enum):
@@ -24,6 +25,16 @@ class ReplicaState(enum.Enum):
     ONLINE = "online"
     DRAINING = "draining"
     GONE = "gone"
+
+
+class Role(enum.Enum):
+    """What a replica is for."""
+
+    PRIMARY = "primary"
+    SHADOW = "shadow"
+    """In host memory, slower: asked only where no primary can be."""
+    SPARE = "spare"
+    """A warm spare that has adopted a shard; asked like a primary."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,7 @@ class Replica:
     state: ReplicaState
     pid: int
     node: str
+    role: Role = Role.PRIMARY
 
 
 @dataclass(frozen=True)
@@ -179,6 +191,7 @@ def _replica_to_json(r: Replica) -> dict[str, Any]:
         "state": r.state.value,
         "pid": r.pid,
         "node": r.node,
+        "role": r.role.value,
     }
 
 
@@ -198,6 +211,13 @@ def _typed(value: object, kind: type[_T], what: str) -> _T:
     return value
 
 
+def _member(value: object, kind: type[_E], what: str) -> _E:
+    try:
+        return kind(_typed(value, str, what))
+    except ValueError:
+        raise InvalidTable(f"unknown {what} {value!r}") from None
+
+
 def _tuple_of(value: object, what: str, parse: Callable[[object], _T]) -> tuple[_T, ...]:
     return tuple(parse(item) for item in _typed(value, list, what))
 
@@ -213,11 +233,8 @@ def _shard_from_json(data: object) -> Shard:
 
 
 def _replica_from_json(data: object) -> Replica:
-    f = _object(data, "replica", "replica_id shard_id endpoint state pid node")
+    f = _object(data, "replica", "replica_id shard_id endpoint state pid node role")
     e = _object(f["endpoint"], "endpoint", "host_id unix_name tcp_host tcp_port")
-    state = _typed(f["state"], str, "state")
-    if state not in {s.value for s in ReplicaState}:
-        raise InvalidTable(f"unknown replica state {state!r}")
     return Replica(
         replica_id=_typed(f["replica_id"], str, "replica_id"),
         shard_id=_typed(f["shard_id"], int, "shard_id"),
@@ -227,7 +244,8 @@ def _replica_from_json(data: object) -> Replica:
             tcp_host=_typed(e["tcp_host"], str, "tcp_host"),
             tcp_port=_typed(e["tcp_port"], int, "tcp_port"),
         ),
-        state=ReplicaState(state),
+        state=_member(f["state"], ReplicaState, "replica state"),
         pid=_typed(f["pid"], int, "pid"),
         node=_typed(f["node"], str, "node"),
+        role=_member(f["role"], Role, "role"),
     )

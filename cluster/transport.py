@@ -29,6 +29,7 @@ from cluster.routing import Replica
 from cluster.shm import Arena, SlotMemory
 
 OnReply = Callable[["Slot", int, int, int, str], None]  # slot, status, compute_ns, queue_ns, text
+OnLate = Callable[[str, int, int], None]  # replica_id, compute_ns, queue_ns
 Handler = Callable[[int], None]
 _SOCKET_EVENTS = select.EPOLLIN | select.EPOLLRDHUP
 
@@ -36,13 +37,14 @@ _SOCKET_EVENTS = select.EPOLLIN | select.EPOLLRDHUP
 class Slot(SlotMemory):
     """A slot and the call that is in it. `owner` is the dispatcher's part, or None for a zombie or an idle slot."""
 
-    __slots__ = ("answered", "call_id", "num_tokens", "owner", "sequence")
+    __slots__ = ("answered", "call_id", "num_tokens", "owner", "sent_ns", "sequence")
 
     def __init__(self, arena: Arena, index: int) -> None:
         super().__init__(arena, index)
         self.sequence = 0
         self.call_id = 0
         self.num_tokens = 0
+        self.sent_ns = 0
         self.answered = False
         self.owner: Any = None
 
@@ -65,6 +67,7 @@ class Link:
         self.alive = True
         self.retired = False  # not in the table any more: close when the last open call is done
         self.on_reply: OnReply = _nobody
+        self.on_late: OnLate = _nobody
         self.epoll: select.epoll | None = None
 
     def take(self, owner: Any, num_tokens: int) -> Slot:
@@ -91,8 +94,14 @@ class Link:
         else:
             slot.owner = None
 
+    @property
+    def is_stuck(self) -> bool:
+        """No slot is idle, and every one waits for an answer that nobody wants any more."""
+        return not self.free and all(slot.owner is None for slot in self.busy)
+
     def write_header(self, slot: Slot, call_id: int, layer: int, budget_us: int, sent_ns: int) -> None:
         slot.call_id = call_id
+        slot.sent_ns = sent_ns
         n = slot.num_tokens
         wire.pack_request_into(
             self.buffer, slot.request_offset, wire.REQUEST_WORD, slot.frame(n)[0], layer, call_id, n, budget_us,
@@ -154,6 +163,7 @@ class Link:
         if slot.owner is None:
             self.num_late_replies += 1
             self.give_back(slot)
+            self.on_late(self.replica.replica_id, compute_ns, queue_ns)
         else:
             self.on_reply(slot, status, compute_ns, queue_ns, text)
 

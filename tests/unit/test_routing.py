@@ -137,6 +137,7 @@ class FakeLink:
     def __init__(self, outstanding_tokens: int, idle: bool = True) -> None:
         self.outstanding_tokens = outstanding_tokens
         self.free = [object()] if idle else []
+        self.is_stuck = False
 
 
 def test_replica_choice_prefers_the_less_loaded_of_two():
