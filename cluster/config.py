@@ -76,6 +76,10 @@ class Settings:
     """Expert shards, a count: the experts of every layer are divided among so many workers."""
     replicas: int = _number(1, least=1)
     """Copies of each shard, a count."""
+    spares: int = _number(0, least=0)
+    """Warm spares, a count: processes with everything imported that adopt a shard as soon as it has no worker left."""
+    shadow: Literal["cpu"] | None = None
+    """`cpu`: one more copy of every shard in host memory, asked only while no other replica of it can be."""
     engines: int = _number(1, least=1)
     """vLLM engines that share the workers, a count."""
     expert_timeout_s: float = _number(30.0, above=0)

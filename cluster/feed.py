@@ -2,8 +2,8 @@
 
 After the handshake (cluster/auth.py, purpose 2) the feed sends frames: 4 bytes little-endian length, then that many
 bytes of JSON, RoutingTable.to_json(). A new subscriber gets the newest table at once; a slow one may miss older tables,
-never the newest. A subscriber sends single bytes: 1 when a layer call has waited for expert_timeout_s in vain, 0 when
-layer calls go on.
+never the newest. A subscriber sends frames of the same form: {"stalled": true} when a layer call has waited for
+expert_timeout_s in vain, {"stalled": false} when layer calls go on, and {"accused": [replica_id, cause]}.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from cluster import auth
+from cluster.blame import Cause, OnAccused
 from cluster.errors import BadLength, BadText, BadType, Closed, ConnectionLost, DataPlaneError, InvalidTable
 from cluster.routing import RoutingTable
 
@@ -29,6 +31,7 @@ _LENGTH = struct.Struct("<I")
 MAX_TABLE_BYTES = 64 << 20
 _HANDSHAKE_TIMEOUT_S = 5.0
 _MAX_SUBSCRIBERS = 256
+_MAX_REPORT_BYTES = 4096
 _RETRY_S = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
@@ -52,21 +55,37 @@ class _Subscriber:
         if frame is not self._last_frame:
             self.next_frame = self._last_frame = frame
 
-    def receive(self) -> None:
-        data = self.sock.recv(auth.PROOF_BYTES)
+    def receive(self) -> list[dict[str, Any]]:
+        """Read what is there; returns the reports that are complete."""
+        data = self.sock.recv(_MAX_REPORT_BYTES if self.is_open else auth.PROOF_BYTES)
         if not data:
             raise ConnectionLost("the subscriber closed")
-        if self.is_open:
-            if not set(data) <= {0, 1}:
-                raise BadType("a subscriber says 0 or 1")
-            self.is_stalled = bool(data[-1])
-            return
         self.inbox += data
+        if self.is_open:
+            return list(self._reports())
         if len(self.inbox) > auth.PROOF_BYTES:
             raise BadType("a subscriber speaks before it was answered")
         if len(self.inbox) == auth.PROOF_BYTES:
             self.outbox += self.handshake.answer(bytes(self.inbox))
+            self.inbox.clear()
             self.is_open = True
+        return []
+
+    def _reports(self) -> Iterator[dict[str, Any]]:
+        while len(self.inbox) >= _LENGTH.size:
+            (size,) = _LENGTH.unpack_from(self.inbox)
+            if not 0 < size <= _MAX_REPORT_BYTES:
+                raise BadLength(f"a report of {size} bytes")
+            if len(self.inbox) < _LENGTH.size + size:
+                return
+            try:
+                report = json.loads(self.inbox[_LENGTH.size : _LENGTH.size + size])
+            except ValueError as e:
+                raise BadText("a report that is not JSON") from e
+            if not isinstance(report, dict):
+                raise BadType("a report that is not an object")
+            del self.inbox[: _LENGTH.size + size]
+            yield report
 
     def send(self) -> None:
         while self.outbox or (self.is_open and self.next_frame is not None):
@@ -87,14 +106,20 @@ class _Subscriber:
 class TableFeed:
     """Publishes routing tables to every subscriber that knows the secret. All methods are thread-safe.
 
-    `on_stalled` is called in the feed's thread: True when layer calls of a first subscriber stall, False when none do.
+    `on_stalled` and `on_accused` are called in the feed's thread: on_stalled(True) when layer calls of a first
+    subscriber stall, on_stalled(False) when none do; on_accused(replica_id, cause) when one suspects a replica.
     """
 
     def __init__(
-        self, secret: bytes, name: str | None = None, on_stalled: Callable[[bool], None] = lambda _: None
+        self,
+        secret: bytes,
+        name: str | None = None,
+        on_stalled: Callable[[bool], None] = lambda _: None,
+        on_accused: OnAccused = lambda _replica_id, _cause: None,
     ) -> None:
         self._secret = auth.check_secret(secret)
         self._on_stalled = on_stalled
+        self._on_accused = on_accused
         self._is_stalled = False
         self.address = name or f"switchyard-feed-{os.getpid()}-{secrets.token_hex(8)}"
         self.num_rejected = 0
@@ -178,8 +203,8 @@ class TableFeed:
     def _serve(self, subscriber: _Subscriber, events: int) -> None:
         try:
             if events & selectors.EVENT_READ:
-                subscriber.receive()
-                self._judge()
+                for report in subscriber.receive():
+                    self._take(subscriber, report)
             subscriber.send()
             self._selector.modify(subscriber.sock, subscriber.events, subscriber)
         except (DataPlaneError, OSError) as e:
@@ -187,6 +212,16 @@ class TableFeed:
                 self.num_rejected += 1
                 _LOG.warning("table feed closed a connection: %s", e.reason)
             self._end(subscriber)
+
+    def _take(self, subscriber: _Subscriber, report: dict[str, Any]) -> None:
+        match report:
+            case {"stalled": bool(is_stalled)}:
+                subscriber.is_stalled = is_stalled
+                self._judge()
+            case {"accused": [str(replica_id), str(cause)]} if cause in {each.value for each in Cause}:
+                self._on_accused(replica_id, Cause(cause))
+            case _:
+                raise BadType("a report of an unknown kind")
 
     def _sweep(self, now_s: float) -> None:
         for subscriber in list(self._subscribers):
@@ -232,14 +267,22 @@ class TableSubscriber:
     def report(self, is_stalled: bool) -> None:
         """Tell the feed that layer calls stall, or go on; again after a reconnection. Never waits."""
         self._is_stalled = is_stalled
+        self._send({"stalled": is_stalled})
+
+    def accuse(self, replica_id: str, cause: Cause) -> None:
+        """Tell the feed whom this process suspects. Never waits; lost if there is no connection."""
+        self._send({"accused": [replica_id, cause.value]})
+
+    def _send(self, report: dict[str, Any]) -> None:
         with self._lock:
             if self._sock is not None:
-                self._send_state(self._sock)
+                self._send_on(self._sock, report)
 
-    def _send_state(self, sock: socket.socket) -> None:
-        # A feed that is gone, or does not read, learns it when it is connected again.
+    def _send_on(self, sock: socket.socket, report: dict[str, Any]) -> None:
+        data = json.dumps(report).encode()
+        # A feed that is gone, or does not read, learns of a stall when it is connected again.
         with contextlib.suppress(OSError):
-            sock.send(bytes((self._is_stalled,)), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            sock.send(_LENGTH.pack(len(data)) + data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
     def close(self) -> None:
         """End the thread; `on_table` is not called after this returns (unless it is what calls). Idempotent."""
@@ -274,7 +317,7 @@ class TableSubscriber:
             with self._lock:
                 self._sock = sock
                 if self._is_stalled:
-                    self._send_state(sock)
+                    self._send_on(sock, {"stalled": True})
                 if self._closing.is_set():
                     sock.shutdown(socket.SHUT_RDWR)
             try:

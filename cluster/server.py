@@ -336,6 +336,14 @@ class ExpertServer:
             "expert_tokens": np.array(self._batcher.expert_tokens),
         }
 
+    def load(self) -> dict[str, int]:
+        """How busy the worker is: tokens and messages computed since the start, messages waiting now."""
+        return {
+            "tokens": self._counters["computed_tokens"],
+            "messages": self._counters["computed_messages"],
+            "waiting": sum(len(waiting) for waiting in list(self._pending.values())),
+        }
+
     def check_integrity(self) -> None:
         """Raise IntegrityError unless every message was answered, dropped with its session, or is waiting."""
         c = self._counters

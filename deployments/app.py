@@ -1,6 +1,7 @@
 """The composition root: what runs, built from the ``args`` mapping of ray-config.yaml.
 
 build_app(args) -> Engine x engines  --handles-->  ExpertRouter  <--  ExpertWorker x workers x replicas
+                                                               <--  shadows (an ExpertWorker each), WarmSpare x spares
 """
 
 import dataclasses
@@ -15,9 +16,10 @@ from ray.serve.schema import LoggingConfig
 from cluster.config import Settings, parse_settings, to_args
 from cluster.errors import ConfigError
 from cluster.placement import partition
+from cluster.routing import Role
 from deployments.engine import Engine
 from deployments.expert_router import ExpertRouter
-from deployments.expert_worker import ExpertWorker
+from deployments.expert_worker import ExpertWorker, WarmSpare
 from deployments.models import check_licence, resolve_model
 from model.expert_weights import is_expert_tensor
 from model.int8_experts import loaded_bytes_per_stored
@@ -77,12 +79,26 @@ def build_app(args: Mapping[str, Any]) -> Application:
     )
     worker_gpus = _gpus(settings.worker.num_gpus)
     workers = [
-        _deployment(ExpertWorker, f"experts-{shard}", settings.replicas, worker_gpus, _ROUTER_CALLS).bind(
-            values, shard, router
+        _deployment(ExpertWorker, experts_name(shard), settings.replicas, worker_gpus, _ROUTER_CALLS).bind(
+            values, shard, Role.PRIMARY, router
         )
         for shard in range(settings.workers)
     ]
+    if settings.shadow is not None:
+        workers += [
+            _deployment(ExpertWorker, f"shadow-{shard}", 1, 0, _ROUTER_CALLS).bind(values, shard, Role.SHADOW, router)
+            for shard in range(settings.workers)
+        ]
+    if settings.spares:
+        workers.append(
+            _deployment(WarmSpare, "spares", settings.spares, worker_gpus, _ROUTER_CALLS).bind(values, router)
+        )
     return engine.bind(values, router, workers)
+
+
+def experts_name(shard_id: int) -> str:
+    """The Serve deployment that holds the primaries of a shard."""
+    return f"experts-{shard_id}"
 
 
 def _sizes(model: str) -> tuple[int, int]:

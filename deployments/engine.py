@@ -11,13 +11,16 @@ import os
 import shutil
 import tempfile
 import uuid
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp
 
+from cluster.blame import Cause
 from cluster.config import Settings, parse_settings
 from cluster.routing import RoutingTable
 from deployments import shared_memory, vllm_app
@@ -31,6 +34,9 @@ from deployments.shortage import EndInShortage, Shortage
 logger = logging.getLogger("ray.serve")
 
 _RETRY_ROUTER_S = 1.0
+_HEARTBEAT_EVERY_S = 1.0
+_LOOK_EVERY_S = 0.25
+_LAST_WORDS_S = 1.0
 
 
 class TableLink:
@@ -46,9 +52,35 @@ class TableLink:
         secret_file = self._folder / "secret"
         secret_file.touch(mode=0o600)
         secret_file.write_bytes(secret)
-        self._feed = TableFeed(secret, on_stalled=shortage.set)
+        self._engine_id = engine_id
+        self._shortage = shortage
+        self._loop = asyncio.get_running_loop()
+        self.state = "starting"
+        self.find_fault: Callable[[], Awaitable[str]] | None = None  # what check_integrity() finds in the engine
+        self._checked = 0
+        self._feed = TableFeed(secret, on_stalled=shortage.set, on_accused=self._on_accused)
         os.environ.update(feed_environment(settings, self._feed.address, secret_file, engine_id))
-        self.task = asyncio.create_task(self._follow())
+        self.tasks = [asyncio.create_task(each) for each in (self._follow(), self._send_heartbeats())]
+
+    def _on_accused(self, replica_id: str, cause: Cause) -> None:
+        """In the feed's thread."""
+
+        def tell() -> None:
+            self._router.accused.remote(self._engine_id, replica_id, cause.value)
+
+        self._loop.call_soon_threadsafe(tell)
+
+    async def _send_heartbeats(self) -> None:
+        pid, node = os.getpid(), ray.get_runtime_context().get_node_id()
+        while True:
+            state = "stalled" if self._shortage.is_on else self.state
+            # Ray raises many kinds while the router restarts; the next beat tells it.
+            with contextlib.suppress(Exception):
+                number = await self._router.engine_heartbeat.remote(self._engine_id, pid, node, state)
+                if number != self._checked and self.find_fault is not None:
+                    await self._router.engine_checked.remote(self._engine_id, number, await self.find_fault())
+                    self._checked = number
+            await asyncio.sleep(_HEARTBEAT_EVERY_S)
 
     async def _follow(self) -> None:
         known_epoch = 0
@@ -64,8 +96,14 @@ class TableLink:
                 known_epoch = table["epoch"]
                 self._feed.publish(RoutingTable.from_json(table))
 
+    @property
+    def is_broken(self) -> bool:
+        return any(task.done() for task in self.tasks)
+
     def close(self) -> None:
-        self.task.cancel()
+        for task in self.tasks:
+            task.cancel()
+        self._router.engine_left.remote(self._engine_id, "stopped")
         self._feed.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -93,17 +131,33 @@ class EngineReplica:
         self._report("warming up")
         await vllm_app.warm_up(self._engine)
         self._shared_memory = shared_memory.mapped_by_descendants()
+        self._ending = asyncio.create_task(self._end_when_dead())
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         app = await vllm_app.build_openai_app(self._namespace, self._engine)
         self._report("ready")
+        if self._link is not None:
+            self._link.state = "ready"
+            self._link.find_fault = self._find_fault
         app = OpenAIErrors(app, lambda: bool(self._engine.errored))
         return Attributed(EndInShortage(app, self._shortage), self._attribution)
+
+    async def _find_fault(self) -> str:
+        return "; ".join(filter(None, await self._engine.collective_rpc("layer_call_fault")))
+
+    async def _end_when_dead(self) -> None:
+        """A dead engine never comes back: end, so that Serve starts another, once its requests have their errors."""
+        while not self._engine.errored:
+            await asyncio.sleep(_LOOK_EVERY_S)
+        logger.error("%s: vLLM's engine is dead; the replica ends", self._id)
+        await asyncio.sleep(_LAST_WORDS_S)
+        shared_memory.remove(self._shared_memory)
+        os._exit(1)
 
     async def check_health(self) -> None:
         """Serve restarts the replica when this raises: a dead engine never comes back by itself."""
         await self._engine.check_health()
-        if self._link is not None and self._link.task.done():
+        if self._link is not None and self._link.is_broken:
             raise RuntimeError(f"{self._id}: the routing table is no longer followed")
 
     async def __del__(self) -> None:

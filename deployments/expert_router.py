@@ -1,24 +1,30 @@
 """The expert router: owns the routing table and the cluster's secret. No token ever passes through it.
 
-Workers register and send heartbeats; engines wait for tables newer than the one they know. When the router dies, tables
-stay as they are; the new router starts with a larger epoch and the workers register again.
+What it knows and decides is cluster/registry.py's; here it gets a clock and callers. Workers, spares and engines send
+heartbeats; engines wait for tables newer than the one they know. When the router dies, tables stay as they are; the new
+router starts with a larger epoch, and everybody registers again.
 """
 
 import asyncio
+import contextlib
+import json
 import os
 import time
 from typing import Any
 
 from ray.experimental import internal_kv
 
+from cluster.blame import Cause
 from cluster.config import parse_settings
-from cluster.membership import Membership
 from cluster.placement import partition
+from cluster.registry import Registry, SpareState
 from cluster.routing import Replica, RoutingTable
 
 _SECRET_KEY = b"switchyard:data-plane-secret"
-_EXPIRE_EVERY_S = 0.5
+_WANTED_KEY = b"switchyard:wanted-replicas"
+_TICK_S = 0.25
 _LONG_POLL_S = 20.0
+_SPARE_POLL_S = 1.0
 
 
 class ExpertRouter:
@@ -28,73 +34,148 @@ class ExpertRouter:
         self, args: dict[str, Any], model_fingerprint: str, num_layers: int, num_experts: int
     ) -> None:
         settings = parse_settings(args)
+        self._model = settings.name
         shards = partition(num_layers, num_experts, settings.workers)
-        # Wall-clock milliseconds: a restarted router never reuses an epoch that engines have already seen.
+        # Wall-clock milliseconds: a restarted router does not reuse an epoch that engines have already seen.
         epoch = int(time.time() * 1000)
         table = RoutingTable(epoch, model_fingerprint, num_layers, num_experts, shards, ())
-        self._membership = Membership(table, settings.worker_lost_after_s)
+        wanted = {shard.shard_id: settings.replicas for shard in shards} | _wanted_before(model_fingerprint)
+        self._registry = Registry(table, settings.worker_lost_after_s, wanted, time.monotonic(), time.time())
         self._changed = asyncio.Condition()
         self._secret = _shared_secret()
         self._progress: dict[str, str] = {}
-        self._expiry = asyncio.create_task(self._expire_silent_workers())
+        self._ticking = asyncio.create_task(self._tick())
 
     async def secret(self) -> bytes:
         """The 32 random bytes that prove membership on the data plane."""
         return self._secret
 
-    async def register(self, replica: Replica, model_fingerprint: str) -> None:
+    # -- workers --------------------------------------------------------------------------------------------------
+
+    async def register(self, replica: Replica, model_fingerprint: str, memory_bytes: int = 0) -> None:
         """A worker is ready to serve. Raises ConfigError when it holds another model."""
-        self._membership.register(replica, model_fingerprint, time.monotonic())
+        self._registry.register(replica, model_fingerprint, memory_bytes, time.monotonic())
         await self._notify()
 
-    async def heartbeat(self, replica_id: str) -> bool:
-        """False: the router does not know the worker (any more); it must register again."""
-        return self._membership.heartbeat(replica_id, time.monotonic())
+    async def heartbeat(self, replica_id: str, load: dict[str, Any] | None = None) -> str:
+        """The value of a registry.Answer: ok, register (again), or leave."""
+        return self._registry.heartbeat(replica_id, load or {}, time.monotonic()).value
 
     async def drain(self, replica_id: str) -> None:
-        self._membership.drain(replica_id)
+        """The worker is about to leave, or somebody wants it to take nothing new."""
+        self._registry.drain(replica_id, time.monotonic())
         await self._notify()
 
-    async def leave(self, replica_id: str) -> None:
-        self._membership.leave(replica_id)
+    async def retire(self, replica_id: str) -> None:
+        """Have a worker drain and end. Raises ConfigError for an unknown one."""
+        self._registry.retire(replica_id, time.monotonic())
         await self._notify()
+
+    async def leave(self, replica_id: str, why: str = "stopped") -> None:
+        """A worker has ended."""
+        self._registry.leave(replica_id, why, time.monotonic())
+        await self._notify()
+
+    # -- spares ---------------------------------------------------------------------------------------------------
+
+    async def spare_ready(self, spare_id: str, pid: int, node: str) -> None:
+        """A spare can adopt a shard."""
+        self._registry.spare_ready(spare_id, pid, node, time.monotonic())
+        await self._notify()
+
+    async def spare_order(self, spare_id: str, known: str) -> tuple[str, int | None] | None:
+        """(state, shard) as soon as the state is not `known`, else what it is after a second; None: report again."""
+
+        def order() -> tuple[SpareState, int | None] | None:
+            return self._registry.spare_order(spare_id, time.monotonic())
+
+        async with self._changed:
+            is_news = self._changed.wait_for(lambda: (now := order()) is None or now[0].value != known)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(is_news, _SPARE_POLL_S)
+            now = order()
+        return (now[0].value, now[1]) if now is not None else None
+
+    async def spare_left(self, spare_id: str) -> None:
+        """A spare has ended."""
+        self._registry.spare_left(spare_id, time.monotonic())
+        await self._notify()
+
+    # -- engines --------------------------------------------------------------------------------------------------
 
     async def wait_for_table(self, known_epoch: int) -> dict[str, Any] | None:
         """The table as JSON as soon as it is newer than `known_epoch` and was complete once; None after 20 s."""
-
-        def is_news() -> bool:
-            return self._membership.table.epoch > known_epoch and (
-                known_epoch > 0 or not self._membership.missing_shards
-            )
-
         async with self._changed:
+            is_news = self._changed.wait_for(lambda: self._news(known_epoch) is not None)
             try:
-                await asyncio.wait_for(self._changed.wait_for(is_news), _LONG_POLL_S)
+                await asyncio.wait_for(is_news, _LONG_POLL_S)
             except TimeoutError:
                 return None
-            return self._membership.table.to_json()
+            table = self._news(known_epoch)
+            return table.to_json() if table is not None else None
+
+    def _news(self, known_epoch: int) -> RoutingTable | None:
+        return self._registry.news_for(known_epoch, time.monotonic())
+
+    async def engine_heartbeat(self, engine_id: str, pid: int, node: str, state: str) -> int:
+        """An engine lives; `state` is starting, ready or stalled. Returns the newest integrity check's number."""
+        return self._registry.engine_heartbeat(engine_id, pid, node, state, time.monotonic())
+
+    async def engine_checked(self, engine_id: str, number: int, fault: str) -> None:
+        """An engine has done that integrity check; `fault` is empty when all is well."""
+        self._registry.engine_checked(engine_id, number, fault)
+
+    async def engine_left(self, engine_id: str, why: str) -> None:
+        """An engine has ended."""
+        self._registry.engine_left(engine_id, why, time.monotonic())
+
+    async def accused(self, engine_id: str, replica_id: str, cause: str) -> None:
+        """An engine suspects a worker; `cause` is the value of a blame.Cause."""
+        self._registry.accused(engine_id, replica_id, Cause(cause), time.monotonic())
+        await self._notify()
+
+    # -- people ---------------------------------------------------------------------------------------------------
 
     async def report(self, source: str, stage: str) -> None:
         """`source` (a worker or an engine) says in a few words what it is doing."""
         self._progress[source] = stage
 
+    async def scale(self, shard_id: int, replicas: int) -> None:
+        """So many replicas are wanted of a shard from now on, also by the next router. Raises ConfigError."""
+        self._registry.scale(shard_id, replicas, time.monotonic())
+        table = self._registry.table
+        _remember_wanted(table.model_fingerprint, dict(self._registry.wanted))
+
+    async def begin_check(self) -> int:
+        """Ask every engine for an integrity check; returns its number."""
+        return self._registry.begin_check()
+
+    async def integrity(self, number: int) -> list[dict[str, Any]] | None:
+        """What check `number` has found, worker by worker and engine by engine; None while some are not done."""
+        return self._registry.integrity(number)
+
+    async def note(self, kind: str, subject: str, text: str) -> None:
+        """Add an event."""
+        self._registry.note(kind, subject, text, time.monotonic())
+
     async def status(self) -> dict[str, Any]:
-        """What people and tests want to see: progress by source, the table, and shards without a worker."""
+        """Registry.status(), with the model's name, what workers and engines report, and the table itself."""
         return {
+            "model": self._model,
+            **self._registry.status(time.monotonic()),
             "progress": dict(self._progress),
-            "table": self._membership.table.to_json(),
-            "missing_shards": list(self._membership.missing_shards),
+            "table": self._registry.table.to_json(),
         }
 
     async def check_health(self) -> None:
-        if self._expiry.done():
-            raise RuntimeError("the expert router's expiry task has ended")
+        if self._ticking.done():
+            raise RuntimeError("the expert router's clock has stopped")
 
-    async def _expire_silent_workers(self) -> None:
+    async def _tick(self) -> None:
         while True:
-            await asyncio.sleep(_EXPIRE_EVERY_S)
-            if self._membership.expire(time.monotonic()):
-                await self._notify()
+            await asyncio.sleep(_TICK_S)
+            self._registry.tick(time.monotonic())
+            await self._notify()
 
     async def _notify(self) -> None:
         async with self._changed:
@@ -107,3 +188,14 @@ def _shared_secret() -> bytes:
     secret = internal_kv._internal_kv_get(_SECRET_KEY)
     assert isinstance(secret, bytes) and len(secret) == 32
     return secret
+
+
+def _wanted_before(fingerprint: str) -> dict[int, int]:
+    """What scale() has set in the life of an earlier router of the same model."""
+    data = internal_kv._internal_kv_get(_WANTED_KEY)
+    remembered = json.loads(data) if data else {}
+    return {int(shard): count for shard, count in remembered.get(fingerprint, {}).items()}
+
+
+def _remember_wanted(fingerprint: str, wanted: dict[int, int]) -> None:
+    internal_kv._internal_kv_put(_WANTED_KEY, json.dumps({fingerprint: wanted}).encode(), overwrite=True)

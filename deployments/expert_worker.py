@@ -1,12 +1,12 @@
-"""An expert worker: one replica of one shard.
+"""Expert workers: replicas of a shard, shadows in host memory, and warm spares.
 
-The experts live in a child process (deployments/worker_process.py); the replica registers it with the router, sends
-heartbeats, answers health checks and drains it at the end.
+The experts live in a child process (deployments/worker_process.py); the Serve replica starts it, registers it with the
+router and watches it (deployments/tenure.py). When the child ends, so does the replica, and Serve starts another.
 """
 
 import asyncio
-import contextlib
 import logging
+import os
 import uuid
 from typing import Any
 
@@ -14,99 +14,160 @@ import ray
 from ray.serve.handle import DeploymentHandle
 
 from cluster.config import Settings, parse_settings
-from cluster.errors import SwitchyardError
 from cluster.placement import partition
-from cluster.routing import Endpoint, Replica, ReplicaState, Shard
+from cluster.routing import Endpoint, Replica, ReplicaState, Role, Shard
 from deployments.cores import allowed_cores, worker_cores
+from deployments.tenure import Tenure
 from deployments.worker_process import WorkerProcess, kernel_environment
 
 logger = logging.getLogger("ray.serve")
 
-_HEARTBEAT_EVERY_S = 1.0
-_DRAIN_LIMIT_S = 5.0
+# A ready spare that the router does not know (any more) says so again after this long.
+_RETRY_S = 1.0
 
 
 class ExpertWorker:
-    """The Serve deployment of one shard."""
+    """The Serve deployment of one shard's primaries, or of its shadow."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, args: dict[str, Any], shard_id: int, router: DeploymentHandle
+        self, args: dict[str, Any], shard_id: int, role: Role, router: DeploymentHandle
     ) -> None:
         settings = parse_settings(args)
         self._router = router
-        self._replica_id = f"experts-{shard_id}-{uuid.uuid4().hex[:8]}"
+        self._tenure: Tenure | None = None
+        kind = "experts" if role is Role.PRIMARY else "shadow"
+        self._replica_id = f"{kind}-{shard_id}-{uuid.uuid4().hex[:8]}"
         self._report("starting")
         cores = worker_cores(settings, shard_id, allowed_cores())
         self._process = WorkerProcess(self._report)
         secret = await router.secret.remote()
         try:
-            ready = await self._process.start(
-                settings, _shard_of(settings, shard_id), len(cores), secret, kernel_environment(cores)
-            )
+            environment = kernel_environment(cores) | (_NO_GPU if role is Role.SHADOW else {})
+            await self._process.start(environment)
+            ready = await self._process.load(settings, shard_of(settings, shard_id), len(cores), secret)
+            replica = _replica(self._replica_id, shard_id, role, self._process.pid, ready)
+            self._tenure = Tenure(router, self._process, replica, ready, settings.worker_lost_after_s, _end)
+            await self._tenure.begin()
         except BaseException:
             await self._process.stop()
             raise
-        self._fingerprint = ready["fingerprint"]
-        self._replica = Replica(
-            replica_id=self._replica_id,
-            shard_id=shard_id,
-            endpoint=Endpoint(**ready["endpoint"]),
-            state=ReplicaState.ONLINE,
-            pid=self._process.pid,
-            node=ray.get_runtime_context().get_node_id(),
-        )
-        await self._register()
-        self._heartbeats = asyncio.create_task(self._send_heartbeats())
+        self._report("ready")
 
     async def check_health(self) -> None:
-        if not self._process.is_alive:
-            raise RuntimeError(f"{self._replica_id}: the worker process has died")
-        if self._heartbeats.done():
-            raise RuntimeError(f"{self._replica_id}: the heartbeats have stopped")
+        if self._tenure is not None and self._tenure.is_broken:
+            raise RuntimeError(f"{self._replica_id}: the worker is not watched any more")
 
     async def stats(self) -> dict[str, Any]:
         """The data-plane server's counters."""
         return {"replica_id": self._replica_id, **(await self._process.request("stats"))["stats"]}
 
     async def __del__(self) -> None:
-        """Serve calls this once at the end of a graceful stop: drain, deregister, stop."""
-        if not hasattr(self, "_heartbeats"):
-            return
-        self._heartbeats.cancel()
-        # At shutdown the router or the process may be gone first; leaving without their blessing is fine.
-        with contextlib.suppress(Exception):
-            await asyncio.wait_for(self._router.drain.remote(self._replica_id), _DRAIN_LIMIT_S)
-        with contextlib.suppress(SwitchyardError, TimeoutError):
-            await asyncio.wait_for(self._process.request("drain"), _DRAIN_LIMIT_S)
-        await self._process.stop()
-        with contextlib.suppress(Exception):
-            await asyncio.wait_for(self._router.leave.remote(self._replica_id), _DRAIN_LIMIT_S)
-
-    async def _register(self) -> None:
-        await self._router.register.remote(self._replica, self._fingerprint)
-        self._report("ready")
-
-    async def _send_heartbeats(self) -> None:
-        while True:
-            await asyncio.sleep(_HEARTBEAT_EVERY_S)
-            if not self._process.is_alive:
-                await self._router.leave.remote(self._replica_id)
-                return
-            try:
-                if not await self._router.heartbeat.remote(self._replica_id):
-                    await self._register()
-            except SwitchyardError:
-                raise
-            # Ray raises many kinds while the router restarts; the next beat tries again, and Serve restarts the router.
-            except Exception as error:
-                logger.warning("heartbeat not delivered: %s", error)
+        """Serve calls this once at the end of a graceful stop."""
+        if self._tenure is not None:
+            await self._tenure.end()
 
     def _report(self, stage: str) -> None:
         """Tell the router what this worker is doing, without waiting."""
         self._router.report.remote(self._replica_id, stage)
 
 
-def _shard_of(settings: Settings, shard_id: int) -> Shard:
+class WarmSpare:
+    """The Serve deployment of the spares: processes with everything imported that adopt a shard without a worker."""
+
+    async def __init__(self, args: dict[str, Any], router: DeploymentHandle) -> None:  # type: ignore[misc]
+        self._settings = parse_settings(args)
+        self._router = router
+        self._replica_id = f"spare-{uuid.uuid4().hex[:8]}"
+        self._tenure: Tenure | None = None
+        self._process = WorkerProcess(self._report)
+        await self._warm_up()
+        self._life = asyncio.create_task(self._live())
+
+    async def check_health(self) -> None:
+        if self._life.done():
+            raise RuntimeError(f"{self._replica_id}: the spare waits for orders no more")
+
+    async def __del__(self) -> None:
+        """Serve calls this once at the end of a graceful stop."""
+        self._life.cancel()
+        if self._tenure is not None:
+            await self._tenure.end()
+        await self._process.stop()
+        await self._router.spare_left.remote(self._replica_id)
+
+    async def _warm_up(self) -> None:
+        self._report("importing")
+        # Which shard it will be is not known, so its threads are not bound to that shard's cores.
+        num_threads = len(worker_cores(self._settings, 0, allowed_cores()))
+        await self._process.start(kernel_environment(range(num_threads), bind=False))
+        await self._process.warm(self._settings)
+        await self._router.spare_ready.remote(self._replica_id, self._process.pid, _node())
+        self._report("ready")
+
+    async def _live(self) -> None:
+        state = "ready"
+        while True:
+            try:
+                order = await self._router.spare_order.remote(self._replica_id, state)
+            # Ray raises many kinds while the router restarts.
+            except Exception as error:
+                logger.warning("no orders from the expert router: %s", error)
+                await asyncio.sleep(_RETRY_S)
+                continue
+            if order is None:
+                if state == "ready":
+                    await self._router.spare_ready.remote(self._replica_id, self._process.pid, _node())
+                continue
+            state, shard_id = order
+            if not self._process.is_alive:
+                _end("the spare's process has ended")
+            if state == "adopting" and self._tenure is None:
+                await self._adopt(shard_id)
+            elif state == "released" and self._tenure is not None:
+                await self._become_spare_again(self._tenure)
+                state = "ready"
+
+    async def _adopt(self, shard_id: int) -> None:
+        settings = self._settings
+        num_threads = len(worker_cores(settings, shard_id, allowed_cores()))
+        secret = await self._router.secret.remote()
+        ready = await self._process.load(settings, shard_of(settings, shard_id), num_threads, secret)
+        replica = _replica(self._replica_id, shard_id, Role.SPARE, self._process.pid, ready)
+        self._tenure = Tenure(self._router, self._process, replica, ready, settings.worker_lost_after_s, _end)
+        await self._tenure.begin()
+
+    async def _become_spare_again(self, tenure: Tenure) -> None:
+        await tenure.end()
+        self._tenure = None
+        await self._router.spare_left.remote(self._replica_id)
+        self._process = WorkerProcess(self._report)
+        await self._warm_up()
+
+    def _report(self, stage: str) -> None:
+        self._router.report.remote(self._replica_id, stage)
+
+
+_NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def _end(why: str) -> None:
+    """End this Serve replica at once: Serve notices a dead actor much sooner than three failed health checks."""
+    logger.warning("the replica ends: %s", why)
+    os._exit(1)
+
+
+def _node() -> str:
+    node: str = ray.get_runtime_context().get_node_id()
+    return node
+
+
+def _replica(replica_id: str, shard_id: int, role: Role, pid: int, ready: dict[str, Any]) -> Replica:
+    endpoint = Endpoint(**ready["endpoint"])
+    return Replica(replica_id, shard_id, endpoint, ReplicaState.ONLINE, pid, _node(), role)
+
+
+def shard_of(settings: Settings, shard_id: int) -> Shard:
+    """The shard of that number in the checkpoint of these settings."""
     from model.moe_spec import inspect_checkpoint
 
     spec = inspect_checkpoint(settings.model, settings.dtype)

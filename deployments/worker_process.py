@@ -15,6 +15,7 @@ from cluster.errors import ConnectionLost, SwitchyardError
 from cluster.routing import Shard
 
 _STOP_LIMIT_S = 5.0
+_ANSWERS = {"stats": "stats", "load": "load", "drain": "drained"}
 
 
 class WorkerFailed(SwitchyardError):
@@ -22,17 +23,15 @@ class WorkerFailed(SwitchyardError):
 
 
 class WorkerProcess:
-    """One worker process. start() once, then request(); stop() always."""
+    """One worker process. start(), warm() for a spare, load() once, then request(); stop() always."""
 
     def __init__(self, on_stage: Callable[[str], None]) -> None:
         self._on_stage = on_stage
         self._process: asyncio.subprocess.Process | None = None
         self._asking = asyncio.Lock()
 
-    async def start(
-        self, settings: Settings, shard: Shard, num_threads: int, secret: bytes, environment: Mapping[str, str]
-    ) -> dict[str, Any]:
-        """Start it and wait until it serves: {"endpoint", "fingerprint", "memory_bytes"}. Raises WorkerFailed."""
+    async def start(self, environment: Mapping[str, str]) -> None:
+        """Start the process; it waits for what to do."""
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -41,6 +40,14 @@ class WorkerProcess:
             stdout=asyncio.subprocess.PIPE,
             env={**os.environ, **environment},
         )
+
+    async def warm(self, settings: Settings) -> None:
+        """Have everything imported that loading will need. Raises WorkerFailed."""
+        await self._send({"warm": {"model": settings.model, "dtype": settings.dtype}})
+        await self._receive_until("warm")
+
+    async def load(self, settings: Settings, shard: Shard, num_threads: int, secret: bytes) -> dict[str, Any]:
+        """Load a shard and serve it: {"endpoint", "fingerprint", "memory_bytes"}. Raises WorkerFailed."""
         await self._send(
             {
                 "model": settings.model,
@@ -52,15 +59,17 @@ class WorkerProcess:
                 "tcp_host": settings.worker.host,
             }
         )
+        return await self._receive_until("ready")
+
+    async def _receive_until(self, wanted: str) -> dict[str, Any]:
         while True:
             message = await self._receive()
-            if "stage" in message:
-                self._on_stage(message["stage"])
-            elif "ready" in message:
-                ready: dict[str, Any] = message["ready"]
-                return ready
-            else:
+            if wanted in message:
+                found: dict[str, Any] = message[wanted]
+                return found
+            if "failed" in message:
                 raise WorkerFailed(message["failed"])
+            self._on_stage(message["stage"])
 
     @property
     def pid(self) -> int:
@@ -71,11 +80,25 @@ class WorkerProcess:
     def is_alive(self) -> bool:
         return self._process is not None and self._process.returncode is None
 
+    async def wait(self) -> int:
+        """Until it has ended, however that happens; returns its status, negative for a signal."""
+        assert self._process is not None
+        return await self._process.wait()
+
+    def kill(self) -> None:
+        """SIGKILL; wait() returns then."""
+        if self.is_alive:
+            assert self._process is not None
+            self._process.kill()
+
     async def request(self, command: str) -> dict[str, Any]:
         """Send a command of model/worker_main.py and return its answer. Raises ConnectionLost if it is gone."""
         async with self._asking:
             await self._send({"command": command})
-            return await self._receive()
+            while True:
+                answer = await self._receive()
+                if _ANSWERS[command] in answer:  # else the answer to a request that was cancelled
+                    return answer
 
     async def stop(self) -> None:
         """Let it finish what it has taken; kill it if that takes too long."""
@@ -108,8 +131,8 @@ class WorkerProcess:
         return message
 
 
-def kernel_environment(cores: Sequence[int]) -> dict[str, str]:
-    """What OpenMP reads when a worker process starts: as many threads as cores, each bound to its own.
+def kernel_environment(cores: Sequence[int], bind: bool = True) -> dict[str, str]:
+    """What OpenMP reads when a worker process starts: as many threads as cores, each bound to its own (unless not).
 
     vLLM's CPU kernels want PyTorch's libgomp loaded first, else two runtimes share the cores (vllm/platforms/cpu.py).
     """
@@ -121,5 +144,5 @@ def kernel_environment(cores: Sequence[int]) -> dict[str, str]:
         "LD_PRELOAD": ":".join(path for path in preload if path),
         "OMP_NUM_THREADS": str(len(cores)),
         "GLOO_SOCKET_IFNAME": "lo",
-        "GOMP_CPU_AFFINITY": " ".join(map(str, cores)),
+        **({"GOMP_CPU_AFFINITY": " ".join(map(str, cores))} if bind else {}),
     }

@@ -76,6 +76,18 @@ class _HostedMixin:
         return super().load_weights(weights) if self.is_hosted else iter(())
 
 
+def warm_up(model: str, dtype: str) -> None:
+    """Do everything that load() does for any shard of `model`, but for the weights: imports, kernels, vLLM's config.
+
+    For a spare, to which each of these seconds is one that requests wait for.
+    """
+    torch.cpu._init_amx()
+    current_platform.import_kernels()
+    config = _vllm_config(model, dtype, 1)
+    with set_current_vllm_config(config), _single_process_groups():
+        _build_on_meta(config, _Hosting(Shard(0, (0,), 0, 0), torch.device(current_platform.device_type)))
+
+
 def _vllm_config(model: str, dtype: str, max_tokens: int) -> VllmConfig:
     arguments = EngineArgs(
         model=model, dtype=dtype, enforce_eager=True, skip_tokenizer_init=True, max_num_batched_tokens=max_tokens

@@ -21,7 +21,9 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.fused_moe.runner.shared_experts import SharedExperts, SharedExpertsOrder
 from vllm.utils.torch_utils import direct_register_custom_op
 
+from cluster.blame import Cause
 from cluster.dispatcher import Dispatcher
+from cluster.errors import IntegrityError
 from cluster.feed import TableSubscriber
 from model import sleeping_queue
 from model.plugin import FEED_VARIABLE
@@ -36,6 +38,8 @@ class EngineLink:
     def __init__(self, *, hidden_size: int, top_k: int, dtype: torch.dtype, max_tokens: int):
         environment = os.environ
         secret = Path(environment["SWITCHYARD_SECRET_FILE"]).read_bytes()
+        self._is_stalled = False
+        self.subscriber: TableSubscriber | None = None
         self.dispatcher = Dispatcher(
             engine_id=environment["SWITCHYARD_ENGINE_ID"],
             secret=secret,
@@ -45,23 +49,31 @@ class EngineLink:
             max_tokens=max_tokens,
             expert_timeout_s=float(environment["SWITCHYARD_EXPERT_TIMEOUT_S"]),
             on_timeout=self._on_timeout,
+            on_accused=self._on_accused,
         )
-        self._is_stalled = False
         self.subscriber = TableSubscriber(environment[FEED_VARIABLE], secret, self.dispatcher.update)
         self.subscriber.wait_first(float(environment["SWITCHYARD_START_TIMEOUT_S"]))
 
     def _on_timeout(self, why: str) -> None:
         """To vLLM an error in a forward step is the engine's end. So the step waits on, and HTTP answers meanwhile."""
         logger.warning("Switchyard: no experts: %s", why)
-        self._is_stalled = True
-        self.subscriber.report(is_stalled=True)
+        self._report_stalled(True)
+
+    def _report_stalled(self, is_stalled: bool) -> None:
+        self._is_stalled = is_stalled
+        if self.subscriber is not None:
+            self.subscriber.report(is_stalled)
+
+    def _on_accused(self, replica_id: str, cause: Cause) -> None:
+        logger.warning("Switchyard: worker %s is suspected: %s", replica_id, cause.value)
+        if self.subscriber is not None:  # it is being made, while the first table is adopted in its thread
+            self.subscriber.accuse(replica_id, cause)
 
     def finish(self, ticket: int, out_TD: torch.Tensor) -> None:
         """Dispatcher.finish(), and the news that a stall is over."""
         self.dispatcher.finish(ticket, out_TD)
         if self._is_stalled:
-            self._is_stalled = False
-            self.subscriber.report(is_stalled=False)
+            self._report_stalled(False)
 
 
 _link_made: EngineLink | None = None
@@ -82,6 +94,15 @@ class LayerCallStats:
         if _link_made is None:
             return {}
         return {name: value for name, value in _link_made.dispatcher.stats().items() if isinstance(value, int)}
+
+    def layer_call_fault(self) -> str:
+        """What Dispatcher.check_integrity() finds on this rank; empty when all is well."""
+        try:
+            if _link_made is not None:
+                _link_made.dispatcher.check_integrity()
+        except IntegrityError as error:
+            return str(error)
+        return ""
 
 
 class RemoteMoEMethod(FusedMoEMethodBase):

@@ -5,11 +5,14 @@ because no other thread shall hold the interpreter while a layer call waits.
 
 Its parent speaks JSON lines. On stdin, first the order (see Order), then commands; on stdout, reports:
     stdin   {"model", "dtype", "shard": {..}, "secret": hex, "num_threads", "max_tokens", "tcp_host"}
-            {"command": "stats" | "drain"}
+            or first {"warm": {"model", "dtype"}}, for a spare: have everything imported, and wait for the order
+            {"command": "stats" | "load" | "drain"}
     stdout  {"stage": text}          while loading
+            {"warm": {}}             the spare may be given an order
             {"ready": {"endpoint": {..}, "fingerprint", "memory_bytes"}}
             {"failed": text}         loading failed; the process exits
-            {"stats": {..}} {"drained": bool}    answers, in order; false if something taken was not answered in time
+            answers, in order: {"stats": {..}} {"load": {"tokens", "messages", "waiting", "fault": empty if sound}}
+            {"drained": bool}, false if something taken was not answered in time
 End of stdin means that the parent is gone or wants it to stop: the worker answers what it has taken and exits.
 The secret comes by stdin so that it is in no environment, command line or file.
 """
@@ -24,7 +27,7 @@ import threading
 import traceback
 from typing import Any, TextIO
 
-from cluster.errors import SwitchyardError
+from cluster.errors import IntegrityError, SwitchyardError
 from cluster.routing import Shard
 
 _DRAIN_LIMIT_S = 4.0  # less than the parent waits for the answer (deployments/expert_worker.py)
@@ -34,12 +37,14 @@ def main() -> int:
     """Load, report, serve until stdin ends. Exit status 0 after serving, 1 when loading failed."""
     _die_with_parent()
     reports = _take_stdout()
-    order = json.loads(sys.stdin.readline())
 
     def report(**message: Any) -> None:
         print(json.dumps(message, default=_plain), file=reports, flush=True)
 
     try:
+        order = _order(report)
+        if order is None:
+            return 0
         server, ready = _load(order, lambda stage: report(stage=stage))
     # The top of this process: whatever stopped the loading is for the parent to tell, the traceback for the log.
     except Exception as error:
@@ -50,6 +55,21 @@ def main() -> int:
     threading.Thread(target=_obey, args=(server, report), daemon=True).start()
     server.serve_forever()
     return 0
+
+
+def _order(report) -> dict[str, Any] | None:
+    """The order, for a spare after it has warmed up; None when stdin ends first."""
+    order = json.loads(sys.stdin.readline())
+    if "warm" in order:
+        from model.hosted_experts import warm_up
+
+        warm_up(order["warm"]["model"], order["warm"]["dtype"])
+        report(warm={})
+        line = sys.stdin.readline()
+        if not line:
+            return None
+        order = json.loads(line)
+    return dict(order)
 
 
 def _plain(value: Any) -> Any:
@@ -109,10 +129,21 @@ def _obey(server: Any, report) -> None:
         command = json.loads(line)["command"]
         if command == "stats":
             report(stats=server.stats())
+        elif command == "load":
+            report(load={**server.load(), "fault": _fault(server)})
         elif command == "drain":
             server.drain()
             report(drained=server.wait_drained(_DRAIN_LIMIT_S))
     server.stop()
+
+
+def _fault(server: Any) -> str:
+    """What check_integrity() finds; empty when all is well."""
+    try:
+        server.check_integrity()
+    except IntegrityError as error:
+        return str(error)
+    return ""
 
 
 if __name__ == "__main__":

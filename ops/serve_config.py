@@ -17,7 +17,7 @@ IMPORT_PATH = "deployments.app:build_app"
 
 _TOP_KEYS = ("proxy_location", "http_options", "logging_config", "applications")
 _HTTP_KEYS = ("host", "port", "request_timeout_s", "keep_alive_timeout_s", "root_path")
-_APP_KEYS = ("name", "route_prefix", "import_path", "args", "runtime_env", "deployments")
+_APP_KEYS = ("name", "route_prefix", "import_path", "args", "runtime_env", "deployments", "external_scaler_enabled")
 
 
 @dataclass(frozen=True)

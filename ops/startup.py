@@ -41,6 +41,7 @@ class Startup:
             target=build_app(self._config.args),
             name=self._config.app_name,
             route_prefix=self._config.route_prefix,
+            external_scaler_enabled=True,  # for `switchyard scale` and `drain`
         )
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
 

@@ -1,0 +1,165 @@
+"""What people may ask of a running application, from the process that owns Ray: look, drain, scale, restart, check.
+
+Serve keeps as many replicas of a deployment as it is told to, and chooses itself which to stop when there are too many:
+the newest, but first of all those that are not running. So a certain worker is taken out by having it end, waiting
+until Serve has noticed, and lowering the number then: what Serve stops is the substitute that it has just begun to
+start (ray/serve/_private/deployment_scheduler.py, _get_replicas_to_stop).
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from cluster.errors import ConfigError, SwitchyardError
+
+Say = Callable[[str], None]
+
+_CALL_TIMEOUT_S = 15.0
+_POLL_S = 0.2
+# A worker loads a shard: minutes from a slow disk. Leaving takes a drain and a health check of Serve's.
+_START_LIMIT_S = 1800.0
+_LEAVE_LIMIT_S = 120.0
+
+
+class ActionFailed(SwitchyardError):
+    """Something that was asked for did not come about in time."""
+
+
+def _silent(_text: str) -> None:
+    pass
+
+
+class Control:
+    """Of one application. Methods block; ConfigError is the caller's mistake, SwitchyardError the cluster's."""
+
+    def __init__(self, app_name: str) -> None:
+        self._app = app_name
+
+    def status(self) -> dict[str, Any]:
+        """Registry.status() (cluster/registry.py) with "model" and "progress"."""
+        status = dict(self._router("status"))
+        del status["table"]
+        return status
+
+    def drain(self, worker: str, *, replace: bool = False, say: Say = _silent) -> None:
+        """Take a worker out: it finishes what it took, takes nothing new and leaves.
+
+        Its shard has one replica less afterwards; with `replace` it has a new one, ready before the old one leaves.
+        Raises ConfigError for an unknown worker, and for the last replica of a shard without `replace`.
+        """
+        shard = self._shard_of(worker)
+        count = shard["wanted"]
+        if replace:
+            say(f"starting another replica of shard {shard['id']}")
+            self._scale_to(shard["id"], count + 1, say)
+        elif sum(r["state"] == "online" for r in shard["replicas"]) < 2 or count < 2:
+            raise ConfigError(
+                f"{worker} is the last replica of shard {shard['id']}: calls would wait for ever. Use --replace, or "
+                f"`switchyard scale {shard['id']} --replicas 2` first."
+            )
+        running = self._running(shard["id"])
+        self._router("note", "drain", worker, "asked for" + (", to be replaced" if replace else ""))
+        self._router("retire", worker)
+        say(f"{worker} takes nothing new and finishes what it has")
+        self._wait(lambda: worker not in self._workers(), _LEAVE_LIMIT_S, f"{worker} has not left")
+        self._wait(
+            lambda: self._running(shard["id"]) < running, _LEAVE_LIMIT_S, f"Serve has not noticed that {worker} is gone"
+        )
+        left = count if replace else count - 1
+        self._set_target(shard["id"], left)
+        self._router("scale", shard["id"], left)
+        say(f"{worker} has left")
+
+    def scale(self, shard: int, replicas: int, *, say: Say = _silent) -> None:
+        """Have so many replicas of a shard; returns when they are ONLINE, or when those too many have left."""
+        self._router("scale", shard, replicas)  # refuses what cannot be
+        self._scale_to(shard, replicas, say)
+
+    def restart(self, workers: Sequence[str] = (), *, say: Say = _silent) -> None:
+        """Replace workers (default: all), one after the other; each leaves when its successor is ready."""
+        known = self._workers()
+        for worker in workers:
+            if worker not in known:
+                raise ConfigError(f"there is no worker {worker}; `switchyard status` lists them")
+        chosen = list(workers) or sorted(known)
+        self._router("note", "restart", "workers", f"{len(chosen)}, one after the other")
+        for number, worker in enumerate(chosen, 1):
+            say(f"{number} of {len(chosen)}: {worker}")
+            self.drain(worker, replace=True, say=say)
+
+    def check_integrity(self) -> list[dict[str, Any]]:
+        """{"subject", "ok", "text"} of every worker and engine. Raises ActionFailed when an engine does not answer."""
+        number = self._router("begin_check")
+        found: list[dict[str, Any]] | None = None
+
+        def is_done() -> bool:
+            nonlocal found
+            found = self._router("integrity", number)
+            return found is not None
+
+        self._wait(is_done, _CALL_TIMEOUT_S, "an engine has not checked itself")
+        return found or []
+
+    # -- inside ---------------------------------------------------------------------------------------------------
+
+    def _router(self, method: str, *args: Any) -> Any:
+        from ray import serve
+
+        from deployments.app import ROUTER_NAME
+
+        handle = serve.get_deployment_handle(ROUTER_NAME, self._app)
+        return getattr(handle, method).remote(*args).result(timeout_s=_CALL_TIMEOUT_S)
+
+    def _shard_of(self, worker: str) -> dict[str, Any]:
+        for shard in self.status()["shards"]:
+            for replica in shard["replicas"]:
+                if replica["id"] == worker and replica["state"] == "online":
+                    if replica["role"] != "primary":
+                        raise ConfigError(f"{worker} is a {replica['role']}, which comes and goes by itself")
+                    return dict(shard)
+        raise ConfigError(f"there is no worker {worker} that is online; `switchyard status` lists them")
+
+    def _workers(self) -> list[str]:
+        shards = self.status()["shards"]
+        return [r["id"] for s in shards for r in s["replicas"] if r["state"] != "gone" and r["role"] == "primary"]
+
+    def _scale_to(self, shard_id: int, replicas: int, say: Say) -> None:
+        self._set_target(shard_id, replicas)
+        said = -1
+
+        def is_done() -> bool:
+            nonlocal said
+            shard = next(s for s in self.status()["shards"] if s["id"] == shard_id)
+            online = sum(r["state"] == "online" and r["role"] == "primary" for r in shard["replicas"])
+            if online != said:
+                say(f"shard {shard_id}: {online} of {replicas} replicas online")
+                said = online
+            return online == replicas and self._running(shard_id) == replicas
+
+        self._wait(is_done, _START_LIMIT_S, f"shard {shard_id} does not have {replicas} replicas")
+
+    def _set_target(self, shard_id: int, replicas: int) -> None:
+        import ray
+        from ray.serve._private.common import DeploymentID
+        from ray.serve.context import _get_global_client
+
+        from deployments.app import experts_name
+
+        deployment = DeploymentID(name=experts_name(shard_id), app_name=self._app)
+        ray.get(_get_global_client()._controller.update_deployment_replicas.remote(deployment, replicas))
+
+    def _running(self, shard_id: int) -> int:
+        """Replicas of a shard that Serve takes for running."""
+        from ray import serve
+
+        from deployments.app import experts_name
+
+        deployment = serve.status().applications[self._app].deployments[experts_name(shard_id)]
+        return int(deployment.replica_states.get("RUNNING", 0))
+
+    def _wait(self, condition: Callable[[], bool], limit_s: float, failure: str) -> None:
+        end_s = time.monotonic() + limit_s
+        while not condition():
+            if time.monotonic() > end_s:
+                raise ActionFailed(f"{failure} after {limit_s:.0f} s; `switchyard events` says what happened")
+            time.sleep(_POLL_S)
