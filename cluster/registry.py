@@ -221,15 +221,27 @@ class Registry:
             self.note("engine_blamed", engine_id, f"accuses most workers of being {cause.value}", now_s)
             return
         count = sum(name == replica_id and why is cause for _, _, name, why in accusations)
-        if count >= _CONDEMNED_BY.get(cause, 1 << 30) and not self._workers[replica_id].shall_leave:
+        if count < _CONDEMNED_BY.get(cause, 1 << 30) or replica.state is not ReplicaState.ONLINE:
+            return
+        if self._is_needed(replica, cause):
+            self.note(
+                "blame_ignored", replica_id, f"{cause.value}, but the last of its shard until others return", now_s
+            )
+        else:
             self.note("worker_blamed", replica_id, f"{cause.value}, {count} times: it has to go", now_s)
             self.retire(replica_id, now_s)
 
+    def _is_needed(self, replica: Replica, cause: Cause) -> bool:
+        """It is better than nothing while other replicas of its shard are on their way."""
+        online = sum(r.shard_id == replica.shard_id and r.state is ReplicaState.ONLINE for r in self.table.replicas)
+        serves = cause not in (Cause.REFUSED, Cause.WRONG_SECRET)
+        return serves and online == 1 and self._wanted[replica.shard_id] > 1
+
     def _is_engines_fault(self, engine_id: str, cause: Cause) -> bool:
-        online = [r.replica_id for r in self.table.replicas if r.state is ReplicaState.ONLINE]
+        present = [r.replica_id for r in self.table.replicas if r.state is not ReplicaState.GONE]
         accused = {name for _, engine, name, why in self._accusations if engine == engine_id and why is cause}
         others = {engine for _, engine, _, why in self._accusations if why is cause} - {engine_id}
-        return len(online) > 2 and not others and 2 * len(accused.intersection(online)) > len(online)
+        return len(present) > 2 and not others and 2 * len(accused.intersection(present)) > len(present)
 
     # -- spares ---------------------------------------------------------------------------------------------------
 

@@ -83,6 +83,21 @@ def test_accusations_that_add_up_condemn_a_worker(cause, times):
     assert cluster.kinds().count("worker_blamed") == 1
 
 
+def test_the_last_of_a_shard_is_kept_while_others_are_on_their_way():
+    cluster = Cluster(replicas=2)
+    cluster.registry.leave("w01", "died", 0.5)
+    for now_s in (1.0, 2.0, 3.0):
+        cluster.registry.accused("engine-1", "w00", Cause.NOT_FINITE, now_s)
+    assert cluster.states()["w00"] == "online" and "blame_ignored" in cluster.kinds()
+    cluster.register("w02", 0, 4.0)
+    cluster.registry.accused("engine-1", "w00", Cause.NOT_FINITE, 5.0)
+    assert cluster.states()["w00"] == "draining"
+    alone = Cluster()
+    for now_s in (1.0, 2.0, 3.0):
+        alone.registry.accused("engine-1", "w00", Cause.NOT_FINITE, now_s)
+    assert alone.states()["w00"] == "draining", "a restart is its cure, and calls wait"
+
+
 def test_silence_alone_and_old_accusations_condemn_nobody():
     cluster = Cluster(replicas=2)
     for now_s in range(50):
@@ -115,7 +130,8 @@ def test_a_restarted_router_keeps_quiet_until_its_workers_are_back_and_never_goe
     cluster.register("w10", 1, 1.2)
     assert registry.news_for(200, 1.2).epoch > 200
     registry.leave("w10", "died", 2.0)
-    assert [r.replica_id for r in registry.news_for(203, 2.0).replicas] == ["w00"], "complete once: every change is news"
+    news = registry.news_for(203, 2.0)
+    assert [r.replica_id for r in news.replicas] == ["w00"], "complete once: every change is news"
 
 
 def test_a_restarted_router_does_not_wait_for_ever_for_the_dead():
