@@ -79,6 +79,7 @@ class WarmSpare:
         self._router = router
         self._replica_id = f"spare-{uuid.uuid4().hex[:8]}"
         self._tenure: Tenure | None = None
+        self._adoption: asyncio.Task[None] | None = None
         self._process = WorkerProcess(self._report)
         await self._warm_up()
         self._life = asyncio.create_task(self._live())
@@ -119,10 +120,10 @@ class WarmSpare:
                     await self._router.spare_ready.remote(self._replica_id, self._process.pid, _node())
                 continue
             state, shard_id = order
-            if not self._process.is_alive:
-                _end("the spare's process has ended")
-            if state == "adopting" and self._tenure is None:
-                await self._adopt(shard_id)
+            if not self._process.is_alive or _has_failed(self._adoption):
+                _end("the spare's process has ended, or could not load the shard")
+            if state == "adopting" and self._adoption is None:
+                self._adoption = asyncio.create_task(self._adopt(shard_id))
             elif state == "released" and self._tenure is not None:
                 await self._become_spare_again(self._tenure)
                 state = "ready"
@@ -138,7 +139,7 @@ class WarmSpare:
 
     async def _become_spare_again(self, tenure: Tenure) -> None:
         await tenure.end()
-        self._tenure = None
+        self._tenure = self._adoption = None
         await self._router.spare_left.remote(self._replica_id)
         self._process = WorkerProcess(self._report)
         await self._warm_up()
@@ -148,6 +149,10 @@ class WarmSpare:
 
 
 _NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def _has_failed(task: "asyncio.Task[None] | None") -> bool:
+    return task is not None and task.done() and not task.cancelled() and task.exception() is not None
 
 
 def _end(why: str) -> None:

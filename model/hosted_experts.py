@@ -9,6 +9,7 @@ Shapes: T tokens, D hidden, K chosen experts per token, P (token, expert) pairs.
 
 import contextlib
 import copy
+import functools
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -95,12 +96,17 @@ def _vllm_config(model: str, dtype: str, max_tokens: int) -> VllmConfig:
     return arguments.create_engine_config()
 
 
+@functools.cache
+def _replace_once() -> None:
+    replace_routed_experts(_HostedMixin)
+
+
 def _build_on_meta(config: VllmConfig, hosting: _Hosting) -> torch.nn.Module:
     """The model with its weights on the meta device but for the hosted experts."""
     global _hosting
     _hosting = hosting
     try:
-        replace_routed_experts(_HostedMixin)
+        _replace_once()
         with set_default_torch_dtype(config.model_config.dtype), torch.device("meta"):
             return initialize_model(config)
     finally:

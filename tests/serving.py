@@ -109,6 +109,12 @@ def _status(port: int) -> Any:
     return _call("expert-router", "status")
 
 
+def _control(port: int, method: str, **arguments: Any) -> Any:
+    from deployments.control import Control
+
+    return getattr(Control("switchyard"), method)(**arguments)
+
+
 def _worker_stats(port: int, shard_id: int) -> Any:
     return _call(f"experts-{shard_id}", "stats")
 
@@ -131,7 +137,13 @@ def _engine_ports(port: int) -> list[int]:
     return sorted(target.port for group in groups for target in group.targets)
 
 
-_ORDERS = {"deploy": _deploy, "status": _status, "worker_stats": _worker_stats, "engine_ports": _engine_ports}
+_ORDERS = {
+    "deploy": _deploy,
+    "status": _status,
+    "control": _control,
+    "worker_stats": _worker_stats,
+    "engine_ports": _engine_ports,
+}
 
 if __name__ == "__main__":
     main(int(sys.argv[1]))
