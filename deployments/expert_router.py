@@ -12,6 +12,7 @@ import os
 import time
 from typing import Any
 
+import ray
 from ray.experimental import internal_kv
 
 from cluster.blame import Cause
@@ -162,6 +163,7 @@ class ExpertRouter:
         """Registry.status(), with the model's name, what workers and engines report, and the table itself."""
         return {
             "model": self._model,
+            "router": {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()},
             **self._registry.status(time.monotonic()),
             "progress": dict(self._progress),
             "table": self._registry.table.to_json(),

@@ -59,8 +59,8 @@ class Tenure:
             await asyncio.wait_for(self._router.drain.remote(self._replica.replica_id), _DRAIN_LIMIT_S)
         with contextlib.suppress(SwitchyardError, TimeoutError):
             await asyncio.wait_for(self._process.request("drain"), _DRAIN_LIMIT_S)
-        await self._process.stop()
         await self._leave("drained")
+        await self._process.stop()
 
     async def _register(self) -> None:
         await self._router.register.remote(self._replica, self._ready["fingerprint"], self._ready["memory_bytes"])

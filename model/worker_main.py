@@ -147,4 +147,6 @@ def _fault(server: Any) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stderr.flush()
+    os._exit(status)  # the interpreter's own end takes vLLM two seconds, in which a drained worker would keep its memory
