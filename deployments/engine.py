@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -100,10 +101,10 @@ class TableLink:
     def is_broken(self) -> bool:
         return any(task.done() for task in self.tasks)
 
-    def close(self) -> None:
+    def close(self, why: str) -> None:
         for task in self.tasks:
             task.cancel()
-        self._router.engine_left.remote(self._engine_id, "stopped")
+        self._router.engine_left.remote(self._engine_id, why)
         self._feed.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -146,11 +147,21 @@ class EngineReplica:
         return "; ".join(filter(None, await self._engine.collective_rpc("layer_call_fault")))
 
     async def _end_when_dead(self) -> None:
-        """A dead engine never comes back: end, so that Serve starts another, once its requests have their errors."""
-        while not self._engine.errored:
+        """A dead engine never comes back: end, so that Serve starts another, once its requests have their errors.
+
+        vLLM takes several seconds to notice that one of its workers has died, so its processes are watched here.
+        """
+        processes = vllm_app.engine_processes()
+        while not self._engine.errored and all(map(vllm_app.is_alive, processes)):
             await asyncio.sleep(_LOOK_EVERY_S)
         logger.error("%s: vLLM's engine is dead; the replica ends", self._id)
+        self._engine.fail_open_requests()
+        if self._link is not None:
+            self._link.close("vLLM's engine is dead")
         await asyncio.sleep(_LAST_WORDS_S)
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
         shared_memory.remove(self._shared_memory)
         os._exit(1)
 
@@ -167,7 +178,7 @@ class EngineReplica:
                 await asyncio.to_thread(self._engine.shutdown)
             shared_memory.remove(self._shared_memory)
         if self._link is not None:
-            self._link.close()
+            self._link.close("stopped")
 
     def _report(self, stage: str) -> None:
         logger.info("%s: %s", self._id, stage)
@@ -176,7 +187,6 @@ class EngineReplica:
 
 
 def _parse(settings: Settings, remote_experts: bool) -> Any:
-    import psutil
     import torch
 
     size = vllm_app.kv_cache_bytes(settings, psutil.virtual_memory().available, torch.cuda.is_available())

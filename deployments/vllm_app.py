@@ -3,6 +3,7 @@
 vLLM is imported late, inside functions: its import takes seconds and reads the environment that the replica sets first.
 """
 
+import contextlib
 import difflib
 import uuid
 from argparse import Namespace
@@ -11,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 from starlette.types import ASGIApp
 
 from cluster.config import Settings
@@ -74,6 +76,24 @@ def parse_arguments(arguments: dict[str, Any]) -> Namespace:
             raise ConfigError(f"engine.vllm.{name}: vLLM has no such argument. The nearest is {near}.")
         setattr(namespace, name, value)
     return namespace
+
+
+def engine_processes() -> list[psutil.Process]:
+    """EngineCore and its workers, of the engine that this process has started; vLLM titles them "VLLM::..."."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.cmdline() and process.cmdline()[0].startswith("VLLM::"):
+                found.append(process)
+    return found
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether it has not ended; one that has, and that nobody has waited for, has."""
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def start_engine(namespace: Namespace) -> Any:

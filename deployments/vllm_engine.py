@@ -1,10 +1,11 @@
-"""vLLM's engine client with one hole closed. Imports vllm at the top: import this module late."""
+"""vLLM's engine client with two holes closed. Imports vllm at the top: import this module late."""
 
 import asyncio
 import contextlib
 from typing import Any
 
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 
 
 class Engine(AsyncLLM):
@@ -23,3 +24,11 @@ class Engine(AsyncLLM):
             with contextlib.suppress(Exception):
                 await self.abort((await adding).request_id, internal=True)
             raise
+
+    def fail_open_requests(self) -> None:
+        """End every request with EngineDeadError once the engine is dead.
+
+        vLLM 0.32 does so when the engine says that it dies, or its socket breaks; when EngineCore gives up after one of
+        its workers has died, requests in flight would wait for ever.
+        """
+        self.output_processor.propagate_error(EngineDeadError())

@@ -149,4 +149,4 @@ def _fault(server: Any) -> str:
 if __name__ == "__main__":
     status = main()
     sys.stderr.flush()
-    os._exit(status)  # the interpreter's own end takes vLLM two seconds, in which a drained worker would keep its memory
+    os._exit(status)  # vLLM's end of the interpreter takes two seconds, in which a drained worker keeps its memory

@@ -1,9 +1,10 @@
 """HAProxy in front of the engines, made local: a launcher that Serve starts in place of the haproxy binary.
 
 Serve writes haproxy's config file and offers no setting for some of it. The launcher corrects the file and becomes
-haproxy: statistics listen on this machine only; "no engine answers" is a 503 in OpenAI's shape with Retry-After; and
-requests are not spliced, because with "option splice-request" haproxy 2.8 sometimes does not notice that a client has
-left (2 of 60 on an idle machine, half of them on a busy one), so that its request would run on for nobody.
+haproxy: statistics listen on this machine only; "no engine answers" is a 503 in OpenAI's shape with Retry-After, also
+where Serve's own proxy, which stands in for an engine that has just died, says 500 in plain text; and requests are not
+spliced: with "option splice-request" haproxy 2.8 sometimes does not notice that a client has left (2 of 60 on an
+idle machine, half of them on a busy one), so that its request would run on for nobody.
 """
 
 import json
@@ -19,7 +20,8 @@ for word in "$@"; do
     if [ "$previous" = -f ] && [ -w "$word" ]; then
         sed -i -E -e 's/^( *bind )\\*?:({ports})$/\\1127.0.0.1:\\2/' \\
             -e 's|^( *errorfile 50[234] ).*|\\1{error_page}|' \\
-            -e '/^ *option splice-request$/d' "$word"
+            -e '/^ *option splice-request$/d' \\
+            -e 's|^( *)http-reuse always$|&\\n\\1{plain_500}|' "$word"
     fi
     previous=$word
 done
@@ -27,6 +29,10 @@ exec {haproxy} "$@"
 """
 
 _RETRY_AFTER_S = 5
+# Ours are JSON.
+_PLAIN_500 = (
+    "http-response return status 503 default-errorfiles if { status 500 } { res.hdr(content-type) -m beg text/plain }"
+)
 
 
 def write_launcher(folder: Path, private_ports: Iterable[int]) -> Path:
@@ -38,7 +44,7 @@ def write_launcher(folder: Path, private_ports: Iterable[int]) -> Path:
     page.write_text(unavailable_page(), encoding="ascii", newline="")
     launcher = folder / "haproxy"
     ports = "|".join(map(str, private_ports))
-    script = _LAUNCHER.format(haproxy=get_haproxy_binary(), error_page=page, ports=ports)
+    script = _LAUNCHER.format(haproxy=get_haproxy_binary(), error_page=page, ports=ports, plain_500=_PLAIN_500)
     launcher.write_text(script, encoding="utf-8")
     launcher.chmod(0o700)
     return launcher

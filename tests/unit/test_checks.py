@@ -111,12 +111,14 @@ def test_the_haproxy_launcher_corrects_the_config_file(tmp_path, monkeypatch):
     monkeypatch.setattr("ops.haproxy.get_haproxy_binary", lambda: "/bin/true")
     config = tmp_path / "haproxy.cfg"
     config.write_text(
-        "    option splice-request\n    bind :9101\n    bind *:8000\n  bind *:8404\n    errorfile 503 /x/500.http\n"
+        "    http-reuse always\n    option splice-request\n    bind :9101\n    bind *:8000\n  bind *:8404\n    errorfile 503 /x/500.http\n"
     )
     launcher = write_launcher(tmp_path, (9101, 8404))
     assert subprocess.run([launcher, "-db", "-f", config], check=True).returncode == 0
     page = tmp_path / "unavailable.http"
     assert config.read_text() == (
+        "    http-reuse always\n    http-response return status 503 default-errorfiles "
+        "if { status 500 } { res.hdr(content-type) -m beg text/plain }\n"
         f"    bind 127.0.0.1:9101\n    bind *:8000\n  bind 127.0.0.1:8404\n    errorfile 503 {page}\n"
     )
 
