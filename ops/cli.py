@@ -14,6 +14,12 @@ from cluster.errors import ConfigError
 # name -> (module, one line for --help)
 COMMANDS = {
     "serve": ("ops.serve", "start a model on this machine and serve it over HTTP"),
+    "status": ("ops.status", "show a running cluster: shards, replicas, engines, what happened"),
+    "events": ("ops.events", "print what happened in a running cluster, and what happens next"),
+    "scale": ("ops.scale", "change how many replicas a shard has"),
+    "drain": ("ops.drain", "take a worker out, without losing a request"),
+    "restart": ("ops.restart", "replace workers one after the other"),
+    "doctor": ("ops.doctor", "check installation, machine and running clusters, and say what to do"),
     "convert": ("ops.convert", "turn Grok-1 as released into a folder that can be served"),
     "models": ("ops.models", "list the known models with their shapes and the memory they take"),
     "license": ("ops.license", "print the licence terms that apply to a model"),

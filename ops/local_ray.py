@@ -24,6 +24,7 @@ _OBJECT_STORE_BYTES = 128 << 20  # Serve and we move next to nothing through it
 _KEPT_LOG_FOLDERS = 5
 _STOP_LIMIT_S = 20.0
 _KILL_PATIENCE_S = 3.0
+_SWEEP_EVERY_S = 10.0
 _PORTS = 50
 _FOLDER_PREFIX = "switchyard-"
 
@@ -43,6 +44,7 @@ class LocalRay:
         (self._folder / "owner").write_text(str(os.getpid()), encoding="ascii")
         self.logs = _log_home() / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
         self._is_started = False
+        self._is_stopping = threading.Event()
         os.environ.update(self._environment())
 
     def start(self, *, http_host: str, http_port: int, http_options: Mapping[str, Any], proxy_location: str) -> None:
@@ -66,12 +68,22 @@ class LocalRay:
         self.logs.symlink_to(self._session_logs())
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         serve.start(proxy_location=proxy_location, http_options={**http_options, "host": http_host, "port": http_port})
+        threading.Thread(target=self._sweep, name="shared-memory", daemon=True).start()
+
+    def _sweep(self) -> None:
+        """Remove shared memory of processes that were killed, and so could not do it themselves."""
+        seen: frozenset[str] = frozenset()
+        while not self._is_stopping.wait(_SWEEP_EVERY_S):
+            mapped = shared_memory.mapped_by_descendants()
+            shared_memory.remove(seen - mapped)
+            seen = mapped
 
     def stop(self) -> None:
         """End every process, socket, temporary file and shared-memory file of this Ray; keep its logs."""
         if not self._is_started:
             shutil.rmtree(self._folder, ignore_errors=True)
             return
+        self._is_stopping.set()
         names = shared_memory.mapped_by_descendants()
         # Ray would tell the terminal that the actors it was asked to end have ended.
         with _output_to(self.logs / "shutdown.out"):

@@ -1,15 +1,17 @@
 """``switchyard serve``: check, start a local Ray, deploy, say what is going on, wait, and leave nothing behind."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
+import secrets
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -56,6 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--host", help="address to listen on (default 127.0.0.1: this machine only)")
     parser.add_argument("--port", type=int, help="port to listen on (default 8000)")
+    parser.add_argument(
+        "--ops-port", type=int, default=0, help="port of the ops API, this machine only (default: any that is free)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -71,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     say("checking the settings")
     parse_settings(config.args)  # cheap, and before the seconds that the imports of the rest take
     check_port(config.host, config.port)
-    return _serve(config, stop, say, install_handlers)
+    return _serve(config, arguments.ops_port, stop, say, install_handlers)
 
 
 def configure(arguments: argparse.Namespace) -> ServeConfig:
@@ -94,7 +99,11 @@ def configure(arguments: argparse.Namespace) -> ServeConfig:
 
 
 def _serve(
-    config: ServeConfig, stop: threading.Event, say: Callable[[str], None], install_handlers: Callable[[], None]
+    config: ServeConfig,
+    ops_port: int,
+    stop: threading.Event,
+    say: Callable[[str], None],
+    install_handlers: Callable[[], None],
 ) -> int:
     from ops.local_ray import LocalRay
 
@@ -112,8 +121,9 @@ def _serve(
         startup = Startup(config, plan, say)
         startup.deploy()
         if startup.wait_until_ready(stop):
-            say(ready_message(config, plan, ray.logs))
-            startup.watch(stop)
+            with operable(config, plan, ops_port, ray.logs):
+                say(ready_message(config, plan, ray.logs))
+                startup.watch(stop)
         say("stopping")
     except ConfigError:
         raise
@@ -127,6 +137,32 @@ def _serve(
         ray.stop()
     say(f"stopped; logs are kept in {ray.logs}")
     return 0
+
+
+@contextlib.contextmanager
+def operable(config: ServeConfig, plan: Any, ops_port: int, logs: Path) -> Iterator[None]:
+    """Meanwhile `switchyard status` and its like find this cluster and can ask it for things."""
+    if plan.spec is None:  # no experts, nothing to operate
+        yield
+        return
+    from deployments.control import Control
+    from ops.api_server import ApiServer
+    from ops.runs import announced, this_process
+
+    token = secrets.token_hex(32)
+    server = ApiServer(Control(config.app_name), token, "127.0.0.1", ops_port, logs / "switchyard-audit.log")
+    run = this_process(model=plan.settings.name, http=base_url(config), ops=server.address, token=token, logs=str(logs))
+    try:
+        with announced(run):
+            yield
+    finally:
+        server.close()
+
+
+def base_url(config: ServeConfig) -> str:
+    """Where the HTTP API can be reached from this machine."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
+    return f"http://{host}:{config.port}"
 
 
 def _checked_plan(config: ServeConfig) -> Any:
@@ -156,13 +192,12 @@ def describe(plan: Any) -> str:
 
 def ready_message(config: ServeConfig, plan: Any, logs: Path) -> str:
     """URL, a line to try, where the logs are."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
-    url = f"http://{host}:{config.port}"
+    url = base_url(config)
     body = {"model": plan.settings.name, "prompt": example_prompt(plan), "max_tokens": 40}
     return (
         f"ready: {url}/v1 serves {plan.settings.name}\n\n"
         f"  curl {url}/v1/completions -H 'Content-Type: application/json' \\\n    -d '{json.dumps(body)}'\n\n"
-        f"  logs: {logs}\n  Ctrl-C stops everything.\n"
+        f"  logs: {logs}\n  `switchyard status` shows the workers. Ctrl-C stops everything.\n"
     )
 
 

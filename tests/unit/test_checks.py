@@ -111,7 +111,8 @@ def test_the_haproxy_launcher_corrects_the_config_file(tmp_path, monkeypatch):
     monkeypatch.setattr("ops.haproxy.get_haproxy_binary", lambda: "/bin/true")
     config = tmp_path / "haproxy.cfg"
     config.write_text(
-        "    http-reuse always\n    option splice-request\n    bind :9101\n    bind *:8000\n  bind *:8404\n    errorfile 503 /x/500.http\n"
+        "    http-reuse always\n    option splice-request\n"
+        "    bind :9101\n    bind *:8000\n  bind *:8404\n    errorfile 503 /x/500.http\n"
     )
     launcher = write_launcher(tmp_path, (9101, 8404))
     assert subprocess.run([launcher, "-db", "-f", config], check=True).returncode == 0
