@@ -14,8 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from ops.ports import free_ports
+from tests.golden import GOLDENS
 
 ROOT = Path(__file__).resolve().parents[1]
+# Two shards of two replicas each, in the precision in which tokens are exactly those of any other run.
+REPLICATED: Mapping[str, Any] = {
+    "model": str(GOLDENS / "mixtral-tiny"),
+    "dtype": "float32",
+    "workers": 2,
+    "replicas": 2,
+    "engine": {"kv_cache_gib": 0.25, "enforce_eager": True, "vllm": {"enable_prefix_caching": False}},
+}
 
 
 class Serving:
