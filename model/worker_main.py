@@ -33,7 +33,7 @@ from typing import Any, TextIO
 from cluster.errors import IntegrityError, SwitchyardError
 from cluster.routing import Shard
 
-_BACKGROUND_NICENESS = 10
+_BACKGROUND_NICENESS = 5
 _DRAIN_LIMIT_S = 4.0  # less than the parent waits for the answer (deployments/expert_worker.py)
 
 
