@@ -40,13 +40,13 @@ class ExpertWorker:
         self._report("starting")
         cores = worker_cores(settings, shard_id, allowed_cores())
         self._process = WorkerProcess(self._report)
-        secret = await router.secret.remote()
+        secrets = await router.secrets.remote()
         try:
             environment = kernel_environment(cores) | (_NO_GPU if role is Role.SHADOW else {})
             await self._process.start(environment)
-            ready = await self._process.load(settings, shard_of(settings, shard_id), len(cores), secret)
+            ready = await self._process.load(settings, shard_of(settings, shard_id), len(cores), secrets)
             replica = _replica(self._replica_id, shard_id, role, self._process.pid, ready)
-            self._tenure = Tenure(router, self._process, replica, ready, settings.worker_lost_after_s, _end)
+            self._tenure = Tenure(router, self._process, replica, ready, secrets, settings.worker_lost_after_s, _end)
             await self._tenure.begin()
         except BaseException:
             await self._process.stop()
@@ -131,10 +131,10 @@ class WarmSpare:
     async def _adopt(self, shard_id: int) -> None:
         settings = self._settings
         num_threads = len(worker_cores(settings, shard_id, allowed_cores()))
-        secret = await self._router.secret.remote()
-        ready = await self._process.load(settings, shard_of(settings, shard_id), num_threads, secret)
+        secrets = await self._router.secrets.remote()
+        ready = await self._process.load(settings, shard_of(settings, shard_id), num_threads, secrets)
         replica = _replica(self._replica_id, shard_id, Role.SPARE, self._process.pid, ready)
-        self._tenure = Tenure(self._router, self._process, replica, ready, settings.worker_lost_after_s, _end)
+        self._tenure = Tenure(self._router, self._process, replica, ready, secrets, settings.worker_lost_after_s, _end)
         await self._tenure.begin()
 
     async def _become_spare_again(self, tenure: Tenure) -> None:

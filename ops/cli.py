@@ -19,6 +19,8 @@ COMMANDS = {
     "scale": ("ops.scale", "change how many replicas a shard has"),
     "drain": ("ops.drain", "take a worker out, without losing a request"),
     "restart": ("ops.restart", "replace workers one after the other"),
+    "rotate-secret": ("ops.rotate_secret", "change the secret that engines and workers prove to each other"),
+    "keys": ("ops.keys", "make, list, replace and revoke API keys"),
     "doctor": ("ops.doctor", "check installation, machine and running clusters, and say what to do"),
     "convert": ("ops.convert", "turn Grok-1 as released into a folder that can be served"),
     "models": ("ops.models", "list the known models with their shapes and the memory they take"),

@@ -32,10 +32,11 @@ _FOLDER_PREFIX = "switchyard-"
 class LocalRay:
     """Start with start(), end with stop(). Made once, before Ray is imported, because Ray reads the environment then.
 
+    `pem` has certificate and key where HTTP shall be HTTPS.
     `logs` is the folder with all logs: live while it runs, and kept after it has stopped.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pem: bytes | None = None) -> None:
         if "ray" in sys.modules:
             raise RuntimeError("LocalRay sets Ray's environment, so it must be made before Ray is imported")
         # Short, because haproxy's unix sockets in it may have 107 characters at most.
@@ -43,6 +44,7 @@ class LocalRay:
         self._folder = Path(tempfile.mkdtemp(prefix=_FOLDER_PREFIX, dir="/tmp"))
         (self._folder / "owner").write_text(str(os.getpid()), encoding="ascii")
         self.logs = _log_home() / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        self._pem = pem
         self._is_started = False
         self._is_stopping = threading.Event()
         os.environ.update(self._environment())
@@ -130,7 +132,9 @@ class LocalRay:
             # Serve's controller looks after its replicas ten times a second by default, on a core that kernels need.
             "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
-            "RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy.write_launcher(self._folder, (stats_port, metrics_port))),
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(
+                haproxy.write_launcher(self._folder, (stats_port, metrics_port), self._pem)
+            ),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(sockets / "haproxy.cfg"),
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(sockets / "admin.sock"),
             "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(sockets / "m.sock"),
