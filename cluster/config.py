@@ -56,8 +56,8 @@ class WorkerSettings:
     """Threads of its kernels. None: this host's cores divided by `workers`, at least 1."""
     num_gpus: float | None = _number(None, least=0)
     """GPUs reserved for each worker (Ray's num_gpus). None: 1 where PyTorch sees a GPU, else 0."""
-    host: str = "127.0.0.1"
-    """Address its TCP port binds to. Engines on other hosts need one that they can reach."""
+    host: str = "auto"
+    """Address its TCP port binds to. auto: its machine's in the Ray cluster, loopback under `switchyard serve`."""
     tls: str = "auto"
     """auto: TLS with a certificate of its own unless `host` is loopback; off; or a PEM file, certificate and key."""
 

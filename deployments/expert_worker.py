@@ -8,6 +8,7 @@ import asyncio
 import logging
 import os
 import uuid
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -32,7 +33,7 @@ class ExpertWorker:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, args: dict[str, Any], shard_id: int, role: Role, router: DeploymentHandle
     ) -> None:
-        settings = parse_settings(args)
+        settings = _on_this_machine(parse_settings(args))
         self._router = router
         self._tenure: Tenure | None = None
         kind = "experts" if role is Role.PRIMARY else "shadow"
@@ -75,7 +76,7 @@ class WarmSpare:
     """The Serve deployment of the spares: processes with everything imported that adopt a shard without a worker."""
 
     async def __init__(self, args: dict[str, Any], router: DeploymentHandle) -> None:  # type: ignore[misc]
-        self._settings = parse_settings(args)
+        self._settings = _on_this_machine(parse_settings(args))
         self._router = router
         self._replica_id = f"spare-{uuid.uuid4().hex[:8]}"
         self._tenure: Tenure | None = None
@@ -159,6 +160,12 @@ def _end(why: str) -> None:
     """End this Serve replica at once: Serve notices a dead actor much sooner than three failed health checks."""
     logger.warning("the replica ends: %s", why)
     os._exit(1)
+
+
+def _on_this_machine(settings: Settings) -> Settings:
+    if settings.worker.host != "auto":
+        return settings
+    return replace(settings, worker=replace(settings.worker, host=ray.util.get_node_ip_address()))
 
 
 def _node() -> str:

@@ -14,6 +14,9 @@ from cluster.errors import ConfigError
 # name -> (module, one line for --help)
 COMMANDS = {
     "serve": ("ops.serve", "start a model on this machine and serve it over HTTP"),
+    "up": ("ops.up", "start the head of a cluster of several machines, and serve a model on it"),
+    "join": ("ops.join", "give this machine to a cluster"),
+    "down": ("ops.down", "stop a cluster, or take this machine out of one"),
     "status": ("ops.status", "show a running cluster: shards, replicas, engines, what happened"),
     "events": ("ops.events", "print what happened in a running cluster, and what happens next"),
     "scale": ("ops.scale", "change how many replicas a shard has"),

@@ -14,13 +14,16 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ConfigError
 from ops.exposure import checked_pem, with_checked_exposure
 from ops.ports import check_port
 from ops.serve_config import ServeConfig, read_serve_config
 from ops.startup import Startup
+
+if TYPE_CHECKING:
+    from ops.local_ray import Node
 
 DESCRIPTION = """\
 Start a model on this machine and serve it over HTTP, with OpenAI's API. Ctrl-C stops everything.
@@ -76,6 +79,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Blocks until a signal ends it (status 0) or the application cannot start (status 1)."""
+    return serve_on(arguments, None)
+
+
+def serve_on(arguments: argparse.Namespace, node: "Node | None") -> int:
+    """run(), on a machine of its own (None) or as the head of a cluster."""
     config = configure(arguments)
     started_s = time.monotonic()
 
@@ -87,9 +95,9 @@ def run(arguments: argparse.Namespace) -> int:
     say("checking the settings")
     # Cheap, and before the seconds that the imports of the rest take.
     config = with_checked_exposure(config)
-    pem = checked_pem(config)
+    checked_pem(config)
     check_port(config.host, config.port)
-    return _serve(config, pem, arguments.ops_port, stop, say, install_handlers)
+    return _serve(config, node, arguments.ops_port, stop, say, install_handlers)
 
 
 def configure(arguments: argparse.Namespace) -> ServeConfig:
@@ -116,7 +124,7 @@ def configure(arguments: argparse.Namespace) -> ServeConfig:
 
 def _serve(
     config: ServeConfig,
-    pem: bytes | None,
+    node: "Node | None",
     ops_port: int,
     stop: threading.Event,
     say: Callable[[str], None],
@@ -124,15 +132,16 @@ def _serve(
 ) -> int:
     from ops.local_ray import LocalRay
 
-    ray = LocalRay(pem)
+    ray = LocalRay(node)
     try:
-        plan = _checked_plan(config)
+        plan = _checked_plan(config, is_alone=node is None)
         say(f"starting Ray for {describe(plan)}")
         ray.start(
             http_host=config.host,
             http_port=config.port,
             http_options=config.http_options,
             proxy_location=config.proxy_location,
+            pem=checked_pem(config),
         )
         install_handlers()  # Ray has put its own in their place
         startup = Startup(config, plan, say)
@@ -182,14 +191,15 @@ def base_url(config: ServeConfig) -> str:
     return f"{'https' if config.tls_cert else 'http'}://{host}:{config.port}"
 
 
-def _checked_plan(config: ServeConfig) -> Any:
+def _checked_plan(config: ServeConfig, is_alone: bool) -> Any:
     """Everything that can be known to fail, before anything is started. Raises ConfigError."""
     from deployments.app import make_plan
     from ops.checks import check_compiler, check_memory
 
     plan = make_plan(config.args)
     check_compiler(plan)
-    check_memory(plan)
+    if is_alone:  # else other machines have memory too
+        check_memory(plan)
     return plan
 
 

@@ -13,7 +13,7 @@ from cluster.tls import make_certificate
 from ops.checks import check_compiler, check_memory
 from ops.cli import main
 from ops.exposure import checked_pem, with_checked_exposure
-from ops.haproxy import unavailable_page, write_launcher
+from ops.haproxy import Entry, unavailable_page, write_launcher
 from ops.ports import check_port, free_block, free_ports
 from ops.serve_config import ServeConfig, parse_serve_config, read_serve_config
 from ops.startup import count_stages, failure_message, last_words
@@ -116,7 +116,7 @@ def test_the_haproxy_launcher_corrects_the_config_file(tmp_path, monkeypatch):
         "    http-reuse always\n    option splice-request\n"
         "    bind :9101\n    bind *:8000\n  bind *:8404\n    errorfile 503 /x/500.http\n"
     )
-    launcher = write_launcher(tmp_path, (9101, 8404))
+    launcher = write_launcher(tmp_path, Entry("127.0.0.1", 8000), (9101, 8404))
     assert subprocess.run([launcher, "-db", "-f", config], check=True).returncode == 0
     page = tmp_path / "unavailable.http"
     assert config.read_text() == (
@@ -132,15 +132,16 @@ def test_with_a_certificate_the_http_port_alone_speaks_tls(tmp_path, monkeypatch
     monkeypatch.setattr("ops.haproxy.get_haproxy_binary", lambda: "/bin/true")
     config = tmp_path / "haproxy.cfg"
     config.write_text(
-        "frontend prometheus\n    bind :9101\nfrontend http_frontend\n    bind 0.0.0.0:8000\n    bind x\nlisten stats\n  bind *:8404\n"
+        "frontend prometheus\n    bind :9101\nfrontend http_frontend\n    bind 127.0.0.1:8000\n    bind x\n"
+        "listen stats\n  bind *:8404\n"
     )
-    launcher = write_launcher(tmp_path, (9101, 8404), b"certificate and key")
+    launcher = write_launcher(tmp_path, Entry("192.0.2.7", 8443, b"certificate and key"), (9101, 8404))
     for _ in range(2):  # Serve may start it again with the same file
         assert subprocess.run([launcher, "-db", "-f", config], check=True).returncode == 0
     pem = tmp_path / "http.pem"
     assert config.read_text() == (
         "frontend prometheus\n    bind 127.0.0.1:9101\nfrontend http_frontend\n"
-        f"    bind 0.0.0.0:8000 ssl crt {pem} alpn http/1.1 ssl-min-ver TLSv1.2\n    bind x\n"
+        f"    bind 192.0.2.7:8443 ssl crt {pem} alpn http/1.1 ssl-min-ver TLSv1.2\n    bind x\n"
         "listen stats\n  bind 127.0.0.1:8404\n"
     )
     assert pem.read_bytes() == b"certificate and key" and pem.stat().st_mode & 0o777 == 0o600
