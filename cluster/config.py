@@ -60,6 +60,8 @@ class WorkerSettings:
     """Address its TCP port binds to. auto: its machine's in the Ray cluster, loopback under `switchyard serve`."""
     tls: str = "auto"
     """auto: TLS with a certificate of its own unless `host` is loopback; off; or a PEM file, certificate and key."""
+    fault_injection: bool = False
+    """Let processes of the same user order faults of it, as `switchyard bench faults` does. Not for production."""
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ class WorkerProcess:
                 "max_tokens": settings.engine.max_num_batched_tokens,
                 "tcp_host": settings.worker.host,
                 "tls": settings.worker.tls,
+                "fault_injection": settings.worker.fault_injection,
             }
         )
         return await self._receive_until("ready")

@@ -4,7 +4,8 @@ A process of its own, because OpenMP takes its thread count, binding and spinnin
 because no other thread shall hold the interpreter while a layer call waits.
 
 Its parent speaks JSON lines. On stdin, first the order (see Order), then commands; on stdout, reports:
-    stdin   {"model", "dtype", "shard": {..}, "secrets": [hex, ..], "num_threads", "max_tokens", "tcp_host", "tls"}
+    stdin   {"model", "dtype", "shard": {..}, "secrets": [hex, ..], "num_threads", "max_tokens", "tcp_host", "tls",
+             "fault_injection"}
             or first {"warm": {"model", "dtype"}}, for a spare: have everything imported, and wait for the order
             {"command": "stats" | "load" | "drain"} or {"command": "secrets", "accepted": [hex, ..]}
     stdout  {"stage": text}          while loading
@@ -20,17 +21,20 @@ Secrets come by stdin so that they are in no environment, command line or file.
 
 import ctypes
 import dataclasses
+import importlib
 import json
 import os
 import signal
 import sys
 import threading
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TextIO
 
 from cluster.errors import IntegrityError, SwitchyardError
 from cluster.routing import Shard
 
+_BACKGROUND_NICENESS = 10
 _DRAIN_LIMIT_S = 4.0  # less than the parent waits for the answer (deployments/expert_worker.py)
 
 
@@ -58,9 +62,24 @@ def main() -> int:
     return 0
 
 
+def _import_in_the_background() -> None:
+    """Import vLLM, most of what starting costs, in a thread that yields to whoever serves on the same cores meanwhile.
+
+    On Linux a priority is a thread's (setpriority(2)); the threads of the kernels are the main thread's children.
+    """
+
+    def import_it() -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BACKGROUND_NICENESS)
+        importlib.import_module("model.hosted_experts")
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(import_it).result()
+
+
 def _order(report) -> dict[str, Any] | None:
     """The order, for a spare after it has warmed up; None when stdin ends first."""
     order = json.loads(sys.stdin.readline())
+    _import_in_the_background()
     if "warm" in order:
         from model.hosted_experts import warm_up
 
@@ -92,6 +111,7 @@ def _take_stdout() -> TextIO:
 
 
 def _load(order: dict[str, Any], progress) -> tuple[Any, dict[str, Any]]:
+    from cluster.sabotage import SabotagedServer, Saboteur
     from cluster.server import ExpertServer
     from cluster.tls import server_tls
     from model.hosted_experts import HostedExperts
@@ -107,7 +127,7 @@ def _load(order: dict[str, Any], progress) -> tuple[Any, dict[str, Any]]:
     )
     spec = hosted.spec
     secrets = _secrets(order["secrets"])
-    server = ExpertServer(
+    server = (SabotagedServer if order["fault_injection"] else ExpertServer)(
         compute=hosted.compute,
         secret=secrets[0],
         model_fingerprint=spec.fingerprint,
@@ -121,6 +141,8 @@ def _load(order: dict[str, Any], progress) -> tuple[Any, dict[str, Any]]:
         tls=server_tls(order["tls"], order["tcp_host"]),
     )
     server.take_secrets(secrets)
+    if isinstance(server, SabotagedServer):
+        Saboteur(server)
     ready = {
         "endpoint": dataclasses.asdict(server.endpoint),
         "fingerprint": spec.fingerprint,

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +32,8 @@ machines of the cluster reach every port of each other.
 """
 
 _CONNECT_LIMIT_S = 5.0
+_HEAD_LIMIT_S = 30.0
+_POLL_S = 0.5
 _STOP_LIMIT_S = 10.0
 
 
@@ -88,16 +91,21 @@ def check_reachable(host: str, port: int, limit_s: float = _CONNECT_LIMIT_S) -> 
 
 
 def _ask_head(address: str, token: Path) -> Beacon:
+    """What the head says of itself, as soon as it says something: its Ray answers seconds before it is ready."""
     from ray._raylet import GcsClient  # type: ignore[attr-defined]
     from ray.exceptions import AuthenticationError, RpcError
 
+    end_s = time.monotonic() + _HEAD_LIMIT_S
     try:
-        return Beacon.from_json(GcsClient(address=address).internal_kv_get(KEY, None, timeout=_CONNECT_LIMIT_S))
+        client = GcsClient(address=address)
+        while (data := client.internal_kv_get(KEY, None, timeout=_CONNECT_LIMIT_S)) is None:
+            if time.monotonic() > end_s:
+                break
+            time.sleep(_POLL_S)
+        return Beacon.from_json(data)
     except AuthenticationError:
         raise ConfigError(f"the head does not take the token in {token}. Copy the file from the head again.") from None
     except RpcError as error:
-        if "UNAUTHENTICATED" in str(error).upper() or "token" in str(error).lower():
-            raise ConfigError(f"the head does not take the token in {token}. Copy it from the head again.") from None
         raise ConfigError(f"{address} does not answer as Ray of this release does: {error}") from None
 
 

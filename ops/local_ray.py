@@ -80,6 +80,7 @@ class LocalRay:
     ) -> None:
         """Start Ray and Serve with haproxy on http_host:http_port, HTTPS with the `pem`. Takes about 8 s."""
         self._is_started = True
+        haproxy.write_launcher(self._folder, haproxy.Entry(http_host, http_port, pem), self._private_ports)
         processes.adopt_orphans()
         import ray
         from ray import serve
@@ -97,7 +98,6 @@ class LocalRay:
         self.logs.parent.mkdir(parents=True, exist_ok=True)
         self.logs.symlink_to(self._session_logs())
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        haproxy.write_launcher(self._folder, haproxy.Entry(http_host, http_port, pem), self._private_ports)
         # What engines bind to; haproxy reaches those of other machines over the network.
         host = _LOOPBACK if self._node.is_alone else "0.0.0.0"
         serve.start(proxy_location=proxy_location, http_options={**http_options, "host": host, "port": http_port})

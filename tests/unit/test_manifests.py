@@ -1,4 +1,4 @@
-"""The files in cluster/ that start a cluster elsewhere: by their schema, or piece by piece, and with our own settings."""
+"""The files in cluster/ that start a cluster elsewhere: by schema or piece by piece, and with our own settings."""
 
 import importlib.util
 import json
