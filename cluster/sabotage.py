@@ -16,6 +16,7 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -76,6 +77,10 @@ class SabotagedServer(ExpertServer):
         with self._lock:
             self._ring_self()
         return struck
+
+    def take_secrets(self, secrets: Sequence[bytes]) -> None:
+        super().take_secrets(secrets)
+        self._true_secrets = self.secrets
 
     # -- the server's thread --------------------------------------------------------------------------------------
 

@@ -62,7 +62,11 @@ def run(arguments: argparse.Namespace) -> int:
         check_fit(_ask_head(f"{host}:{port}", token), own_beacon())
         address = arguments.address or own_address(host)
         print(f"joining {host}:{port} as {address}", flush=True)
-        return _stay(ray_command(f"{host}:{port}", address, arguments.num_gpus), folder / "ray.log", f"{host}:{port}")
+        return _stay(
+            ray_command(f"{host}:{port}", address, folder / "ray", arguments.num_gpus),
+            folder / "ray.log",
+            f"{host}:{port}",
+        )
 
 
 def parse_head(text: str) -> tuple[str, int]:
@@ -109,8 +113,8 @@ def _ask_head(address: str, token: Path) -> Beacon:
         raise ConfigError(f"{address} does not answer as Ray of this release does: {error}") from None
 
 
-def ray_command(head: str, address: str, num_gpus: int | None) -> list[str]:
-    """The command that starts Ray on this machine and stays for as long as that runs."""
+def ray_command(head: str, address: str, folder: Path, num_gpus: int | None) -> list[str]:
+    """The command that starts Ray on this machine, its files in `folder`, and stays for as long as that runs."""
     command = [
         sys.executable,
         "-m",
@@ -119,7 +123,8 @@ def ray_command(head: str, address: str, num_gpus: int | None) -> list[str]:
         f"--address={head}",
         f"--node-ip-address={address}",
     ]
-    return [*command, "--block", "--disable-usage-stats", *([f"--num-gpus={num_gpus}"] if num_gpus is not None else [])]
+    command += ["--block", "--disable-usage-stats", f"--temp-dir={folder}"]
+    return [*command, *([f"--num-gpus={num_gpus}"] if num_gpus is not None else [])]
 
 
 def _stay(command: list[str], log: Path, head: str) -> int:

@@ -63,7 +63,7 @@ def test_the_token_is_private_made_once_and_checked(tmp_path):
             check_token(path)
 
 
-def test_addresses():
+def test_addresses(tmp_path):
     assert parse_head("10.0.0.1") == ("10.0.0.1", 6379)
     assert parse_head("head.example:7000") == ("head.example", 7000)
     assert parse_head("fd00::1") == parse_head("[fd00::1]") == ("fd00::1", 6379)
@@ -74,9 +74,9 @@ def test_addresses():
     assert [is_loopback(each) for each in ("127.0.0.2", "::1", "localhost", "0.0.0.0", "10.0.0.1", "head")] == [
         True, True, True, False, False, False,
     ]  # fmt: skip
-    command = ray_command("10.0.0.1:6379", "10.0.0.2", 0)
+    command = ray_command("10.0.0.1:6379", "10.0.0.2", tmp_path, 0)
     assert "--address=10.0.0.1:6379" in command and "--node-ip-address=10.0.0.2" in command
-    assert "--num-gpus=0" in command and "--num-gpus" not in " ".join(ray_command("h:1", "a", None))
+    assert "--num-gpus=0" in command and "--num-gpus" not in " ".join(ray_command("h:1", "a", tmp_path, None))
 
 
 def test_a_head_that_does_not_run_is_told_from_a_firewall():
