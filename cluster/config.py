@@ -56,8 +56,10 @@ class WorkerSettings:
     """Threads of its kernels. None: this host's cores divided by `workers`, at least 1."""
     num_gpus: float | None = _number(None, least=0)
     """GPUs reserved for each worker (Ray's num_gpus). None: 1 where PyTorch sees a GPU, else 0."""
-    host: str = "127.0.0.1"
-    """Address its TCP port binds to. Engines on other hosts need one that they can reach."""
+    host: str = "auto"
+    """Address its TCP port binds to. auto: its machine's in the Ray cluster, loopback under `switchyard serve`."""
+    tls: str = "auto"
+    """auto: TLS with a certificate of its own unless `host` is loopback; off; or a PEM file, certificate and key."""
     fault_injection: bool = False
     """Let processes of the same user order faults of it, as `switchyard bench faults` does. Not for production."""
 
@@ -90,6 +92,10 @@ class Settings:
     """Seconds that engines and workers may take to become ready."""
     worker_lost_after_s: float = _number(5.0, above=0)
     """Seconds without a heartbeat after which the router takes a worker for gone (it sends one every second)."""
+    api_keys: str | None = None
+    """File of the API keys that HTTP asks for (`switchyard keys`), on the head node. None: no keys are asked for."""
+    allow_anonymous: bool = False
+    """Serve everybody without a key even where other machines can reach HTTP."""
     engine: EngineSettings = field(default_factory=EngineSettings)
     worker: WorkerSettings = field(default_factory=WorkerSettings)
 

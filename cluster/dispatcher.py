@@ -48,7 +48,7 @@ class Dispatcher:
         self,
         *,
         engine_id: str,
-        secret: bytes,
+        secret: auth.Secret,
         hidden_size: int,
         top_k: int,
         dtype: torch.dtype,
@@ -61,7 +61,7 @@ class Dispatcher:
     ) -> None:
         if expert_timeout_s <= 0:
             raise ConfigError(f"expert_timeout_s must be positive, not {expert_timeout_s}")
-        auth.check_secret(secret)
+        auth.current(secret)
         wire.dtype_code(dtype)
         self._shape = wire.Agreement(hidden_size, top_k, dtype, max_tokens, num_slots)
         self._dtype = dtype

@@ -303,6 +303,11 @@ class Registry:
         engine.state, engine.heard_s = state, now_s
         return self._num_checks
 
+    @property
+    def engine_ids(self) -> tuple[str, ...]:
+        """Every engine that lives."""
+        return tuple(self._engines)
+
     def engine_checked(self, engine_id: str, number: int, fault: str) -> None:
         """An engine has done integrity check `number`."""
         if engine_id in self._engines:

@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,7 @@ from cluster.errors import Closed, ConnectionLost, DataPlaneError, HandshakeTime
 from cluster.gang import Gang
 from cluster.routing import Endpoint, host_id
 from cluster.session import Request, Session
+from cluster.tls import ServerTls
 
 __all__ = ["ComputeFn", "ExpertServer"]
 
@@ -42,7 +43,7 @@ class ExpertServer:
     `compute(layer, x_TD, topk_weights_TK f32, local_ids_TK i32, out_TD, complete)` is called in serve_forever's thread,
     in torch's inference mode, and writes the weighted partial sums, in `dtype`, into out_TD; an id of -1 is an expert
     that lives elsewhere and adds nothing; `complete` says that there is none. T is at most max_tokens.
-    stop(), drain(), wait_drained(), stats(), check_integrity(): from any thread.
+    With `tls` the TCP port speaks TLS. stop(), drain(), take_secrets(), stats() and the like: from any thread.
     """
 
     def __init__(
@@ -61,8 +62,10 @@ class ExpertServer:
         max_tokens: int,
         handshake_timeout_s: float = 5.0,
         max_strangers: int = 64,
+        tls: ServerTls | None = None,
     ) -> None:
-        self.secret = auth.check_secret(secret)
+        self.secrets: tuple[bytes, ...] = (auth.check_secret(secret),)
+        self.tls = tls
         self.layers = layers
         self.num_local_experts = num_local_experts
         self._fingerprint = model_fingerprint
@@ -108,7 +111,7 @@ class ExpertServer:
             sock.listen(128)
             sock.setblocking(False)
             self.watch(sock.fileno(), select.EPOLLIN, functools.partial(self._on_connection, sock))
-        self.endpoint = Endpoint(host_id(), unix_name, tcp_host, tcp.getsockname()[1])
+        self.endpoint = Endpoint(host_id(), unix_name, tcp_host, tcp.getsockname()[1], self.tls is not None)
         return [unix, tcp]
 
     # -- the loop -------------------------------------------------------------------------------------------------
@@ -281,7 +284,12 @@ class ExpertServer:
             self.end(oldest, HandshakeTimeout("too many unauthenticated connections"))
         self._counters["connections"] += 1
         fd = sock.fileno()
-        session = Session(self, sock, is_unix, time.monotonic())
+        try:
+            session = Session(self, sock, is_unix, time.monotonic())
+        except OSError:  # TLS does not begin on a connection that was reset
+            self._counters["failed_accepts"] += 1
+            sock.close()
+            return
         self._sessions[fd] = self._strangers[fd] = session
         try:
             session.begin()
@@ -315,6 +323,10 @@ class ExpertServer:
         self._draining = True
         with self._lock:
             self._ring_self()
+
+    def take_secrets(self, secrets: Sequence[bytes]) -> None:
+        """From now on engines prove one of these; connections that are open stay. Raises ConfigError for a bad one."""
+        self.secrets = tuple(map(auth.check_secret, secrets))
 
     def _ring_self(self) -> None:
         if not self._stopped.is_set():

@@ -2,6 +2,7 @@
 
 build_app(args) -> Engine x engines  --handles-->  ExpertRouter  <--  ExpertWorker x workers x replicas
                                                                <--  shadows (an ExpertWorker each), WarmSpare x spares
+                     --handle-->  Gatekeeper, where API keys are asked for
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from cluster.routing import Role
 from deployments.engine import Engine
 from deployments.expert_router import ExpertRouter
 from deployments.expert_worker import ExpertWorker, WarmSpare
+from deployments.gatekeeper import Gatekeeper
 from deployments.models import check_licence, resolve_model
 from model.expert_weights import is_expert_tensor
 from model.int8_experts import loaded_bytes_per_stored
@@ -28,7 +30,10 @@ from model.moe_spec import MoeSpec, inspect_checkpoint, read_header_or_raise, we
 APP_NAME = "switchyard"
 ROUTER_NAME = "expert-router"
 ENGINE_NAME = "engine"
+GATEKEEPER_NAME = "gatekeeper"
 
+# Ray gives the head node this resource (ray/_private/resource_spec.py): the file of API keys is there.
+_ON_HEAD = {"node:__internal_head__": 0.001}
 # Long polls and heartbeats of every worker and engine are calls in progress at the router.
 _ROUTER_CALLS = 10_000
 # vLLM has its own queue; Serve shall not hold requests back.
@@ -72,8 +77,11 @@ def build_app(args: Mapping[str, Any]) -> Application:
     settings, spec = plan.settings, plan.spec
     values = to_args(settings)
     engine = _deployment(Engine, ENGINE_NAME, settings.engines, _gpus(settings.engine.num_gpus), _ENGINE_CALLS)
+    gatekeeper = None
+    if settings.api_keys is not None:
+        gatekeeper = _deployment(Gatekeeper, GATEKEEPER_NAME, 1, 0, _ROUTER_CALLS, _ON_HEAD).bind(values)
     if spec is None:
-        return engine.bind(values, None, [])
+        return engine.bind(values, None, [], gatekeeper)
     router = _deployment(ExpertRouter, ROUTER_NAME, 1, 0, _ROUTER_CALLS).bind(
         values, spec.fingerprint, spec.num_layers, spec.num_experts
     )
@@ -93,7 +101,7 @@ def build_app(args: Mapping[str, Any]) -> Application:
         workers.append(
             _deployment(WarmSpare, "spares", settings.spares, worker_gpus, _ROUTER_CALLS).bind(values, router)
         )
-    return engine.bind(values, router, workers)
+    return engine.bind(values, router, workers, gatekeeper)
 
 
 def experts_name(shard_id: int) -> str:
@@ -114,9 +122,16 @@ def _sizes(model: str) -> tuple[int, int]:
     return total, experts
 
 
-def _deployment(cls: type, name: str, num_replicas: int, num_gpus: float, max_calls: int) -> Any:
+def _deployment(
+    cls: type,
+    name: str,
+    num_replicas: int,
+    num_gpus: float,
+    max_calls: int,
+    resources: Mapping[str, float] | None = None,
+) -> Any:
     # No logical CPUs are reserved: kernels are bound to cores by deployments/cores.py, and two cores are enough.
-    actor_options = {"num_cpus": 0, "num_gpus": num_gpus}
+    actor_options = {"num_cpus": 0, "num_gpus": num_gpus, "resources": dict(resources or {})}
     return serve.deployment(
         cls,
         name=name,

@@ -14,6 +14,13 @@ from cluster.errors import ConfigError, SwitchyardError
 
 Say = Callable[[str], None]
 
+# The stages of cluster/rotation.py.
+_ROTATION = {
+    "spreading": "telling the workers to accept the next secret as well",
+    "switching": "telling the engines to prove the next secret",
+    "settled": "telling the workers to forget the former secret",
+}
+
 _CALL_TIMEOUT_S = 15.0
 _POLL_S = 0.2
 # A worker loads a shard: minutes from a slow disk. Leaving takes a drain and a health check of Serve's.
@@ -86,6 +93,21 @@ class Control:
         for number, worker in enumerate(chosen, 1):
             say(f"{number} of {len(chosen)}: {worker}")
             self.drain(worker, replace=True, say=say)
+
+    def rotate_secret(self, *, say: Say = _silent) -> None:
+        """Change the data plane's secret while requests go on; returns when the former one is worthless everywhere."""
+        self._router("rotate_secret")
+        said = ""
+
+        def is_done() -> bool:
+            nonlocal said
+            secret = self._router("status")["secret"]
+            if secret["stage"] != said:
+                said = secret["stage"]
+                say(_ROTATION[said])
+            return said == "settled" and bool(secret["everywhere"])
+
+        self._wait(is_done, _LEAVE_LIMIT_S, "the secret has not been changed everywhere")
 
     def check_integrity(self) -> list[dict[str, Any]]:
         """{"subject", "ok", "text"} of every worker and engine. Raises ActionFailed when an engine does not answer."""

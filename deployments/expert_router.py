@@ -19,9 +19,10 @@ from cluster.blame import Cause
 from cluster.config import parse_settings
 from cluster.placement import partition
 from cluster.registry import Registry, SpareState
-from cluster.routing import Replica, RoutingTable
+from cluster.rotation import SECRET_BYTES, Rotation, Secrets
+from cluster.routing import Replica, ReplicaState, RoutingTable
 
-_SECRET_KEY = b"switchyard:data-plane-secret"
+_SECRETS_KEY = b"switchyard:data-plane-secrets"
 _WANTED_KEY = b"switchyard:wanted-replicas"
 _TICK_S = 0.25
 _LONG_POLL_S = 20.0
@@ -43,13 +44,38 @@ class ExpertRouter:
         wanted = {shard.shard_id: settings.replicas for shard in shards} | _wanted_before(model_fingerprint)
         self._registry = Registry(table, settings.worker_lost_after_s, wanted, time.monotonic(), time.time())
         self._changed = asyncio.Condition()
-        self._secret = _shared_secret()
+        self._rotation = Rotation(_shared_secrets())
+        # Until then a restarted router does not know all who live, and must not take them for ready.
+        self._may_rotate_s = time.monotonic() + 2 * settings.worker_lost_after_s
         self._progress: dict[str, str] = {}
         self._ticking = asyncio.create_task(self._tick())
 
-    async def secret(self) -> bytes:
-        """The 32 random bytes that prove membership on the data plane."""
-        return self._secret
+    # -- the data plane's secret ----------------------------------------------------------------------------------
+
+    async def secrets(self) -> Secrets:
+        """What proves membership on the data plane now."""
+        return self._rotation.now
+
+    async def next_secrets(self, member_id: str, held_serial: int) -> Secrets | None:
+        """A worker or engine that holds that step gets the next one as soon as there is one; None after 20 s."""
+        self._rotation.holds(member_id, held_serial)
+        async with self._changed:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(
+                    self._changed.wait_for(lambda: self._rotation.now.serial != held_serial), _LONG_POLL_S
+                )
+        return self._rotation.now if self._rotation.now.serial != held_serial else None
+
+    async def rotate_secret(self) -> None:
+        """Change the secret; status() says how far that is. Raises ConfigError while it is being changed."""
+        self._rotation.begin(os.urandom(SECRET_BYTES))
+        await self._secrets_changed()
+
+    async def _secrets_changed(self) -> None:
+        now = self._rotation.now
+        internal_kv._internal_kv_put(_SECRETS_KEY, now.to_json().encode(), overwrite=True)
+        self._registry.note("secret", "data plane", f"{now.stage} (step {now.serial})", time.monotonic())
+        await self._notify()
 
     # -- workers --------------------------------------------------------------------------------------------------
 
@@ -165,6 +191,11 @@ class ExpertRouter:
             "model": self._model,
             "router": {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()},
             **self._registry.status(time.monotonic()),
+            "secret": {
+                "serial": self._rotation.now.serial,
+                "stage": self._rotation.now.stage,
+                "everywhere": self._rotation.is_everywhere(*self._members()),
+            },
             "progress": dict(self._progress),
             "table": self._registry.table.to_json(),
         }
@@ -177,19 +208,24 @@ class ExpertRouter:
         while True:
             await asyncio.sleep(_TICK_S)
             self._registry.tick(time.monotonic())
+            if time.monotonic() > self._may_rotate_s and self._rotation.advance(*self._members()):
+                await self._secrets_changed()
             await self._notify()
+
+    def _members(self) -> tuple[list[str], tuple[str, ...]]:
+        """Workers and engines that live."""
+        workers = [r.replica_id for r in self._registry.table.replicas if r.state is not ReplicaState.GONE]
+        return workers, self._registry.engine_ids
 
     async def _notify(self) -> None:
         async with self._changed:
             self._changed.notify_all()
 
 
-def _shared_secret() -> bytes:
-    """Drawn once per Ray cluster and kept in its key-value store, so that it outlives the router."""
-    internal_kv._internal_kv_put(_SECRET_KEY, os.urandom(32), overwrite=False)
-    secret = internal_kv._internal_kv_get(_SECRET_KEY)
-    assert isinstance(secret, bytes) and len(secret) == 32
-    return secret
+def _shared_secrets() -> Secrets:
+    """Drawn once per Ray cluster and kept in its key-value store, so that they outlive the router."""
+    internal_kv._internal_kv_put(_SECRETS_KEY, Secrets.drawn().to_json().encode(), overwrite=False)
+    return Secrets.from_json(internal_kv._internal_kv_get(_SECRETS_KEY).decode())
 
 
 def _wanted_before(fingerprint: str) -> dict[int, int]:

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import os
 import uuid
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -32,7 +33,7 @@ class ExpertWorker:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, args: dict[str, Any], shard_id: int, role: Role, router: DeploymentHandle
     ) -> None:
-        settings = parse_settings(args)
+        settings = _on_this_machine(parse_settings(args))
         self._router = router
         self._tenure: Tenure | None = None
         kind = "experts" if role is Role.PRIMARY else "shadow"
@@ -40,13 +41,13 @@ class ExpertWorker:
         self._report("starting")
         cores = worker_cores(settings, shard_id, allowed_cores())
         self._process = WorkerProcess(self._report)
-        secret = await router.secret.remote()
+        secrets = await router.secrets.remote()
         try:
             environment = kernel_environment(cores) | (_NO_GPU if role is Role.SHADOW else {})
             await self._process.start(environment)
-            ready = await self._process.load(settings, shard_of(settings, shard_id), len(cores), secret)
+            ready = await self._process.load(settings, shard_of(settings, shard_id), len(cores), secrets)
             replica = _replica(self._replica_id, shard_id, role, self._process.pid, ready)
-            self._tenure = Tenure(router, self._process, replica, ready, settings.worker_lost_after_s, _end)
+            self._tenure = Tenure(router, self._process, replica, ready, secrets, settings.worker_lost_after_s, _end)
             await self._tenure.begin()
         except BaseException:
             await self._process.stop()
@@ -75,7 +76,7 @@ class WarmSpare:
     """The Serve deployment of the spares: processes with everything imported that adopt a shard without a worker."""
 
     async def __init__(self, args: dict[str, Any], router: DeploymentHandle) -> None:  # type: ignore[misc]
-        self._settings = parse_settings(args)
+        self._settings = _on_this_machine(parse_settings(args))
         self._router = router
         self._replica_id = f"spare-{uuid.uuid4().hex[:8]}"
         self._tenure: Tenure | None = None
@@ -131,10 +132,10 @@ class WarmSpare:
     async def _adopt(self, shard_id: int) -> None:
         settings = self._settings
         num_threads = len(worker_cores(settings, shard_id, allowed_cores()))
-        secret = await self._router.secret.remote()
-        ready = await self._process.load(settings, shard_of(settings, shard_id), num_threads, secret)
+        secrets = await self._router.secrets.remote()
+        ready = await self._process.load(settings, shard_of(settings, shard_id), num_threads, secrets)
         replica = _replica(self._replica_id, shard_id, Role.SPARE, self._process.pid, ready)
-        self._tenure = Tenure(self._router, self._process, replica, ready, settings.worker_lost_after_s, _end)
+        self._tenure = Tenure(self._router, self._process, replica, ready, secrets, settings.worker_lost_after_s, _end)
         await self._tenure.begin()
 
     async def _become_spare_again(self, tenure: Tenure) -> None:
@@ -159,6 +160,12 @@ def _end(why: str) -> None:
     """End this Serve replica at once: Serve notices a dead actor much sooner than three failed health checks."""
     logger.warning("the replica ends: %s", why)
     os._exit(1)
+
+
+def _on_this_machine(settings: Settings) -> Settings:
+    if settings.worker.host != "auto":
+        return settings
+    return replace(settings, worker=replace(settings.worker, host=ray.util.get_node_ip_address()))
 
 
 def _node() -> str:

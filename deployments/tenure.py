@@ -4,19 +4,21 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
 from cluster.errors import SwitchyardError
+from cluster.rotation import Secrets
 from cluster.routing import Replica
-from deployments.worker_process import WorkerProcess
+from deployments.worker_process import WorkerProcess, in_hex
 
 logger = logging.getLogger("ray.serve")
 
 _HEARTBEAT_EVERY_S = 1.0
 _DRAIN_LIMIT_S = 5.0
+_RETRY_S = 1.0
 
 
 class Tenure:
@@ -28,6 +30,7 @@ class Tenure:
         process: WorkerProcess,
         replica: Replica,
         ready: dict[str, Any],
+        secrets: Secrets,
         hung_after_s: float,
         on_end: Callable[[str], None],
     ) -> None:
@@ -35,6 +38,7 @@ class Tenure:
         self._process = process
         self._replica = replica
         self._ready = ready
+        self._secrets = secrets
         self._hung_after_s = hung_after_s
         self._on_end = on_end
         self._tasks: list[asyncio.Task[None]] = []
@@ -43,7 +47,10 @@ class Tenure:
     async def begin(self) -> None:
         """Enter the routing table. Raises ConfigError when the router wants another model."""
         await self._register()
-        self._tasks = [asyncio.create_task(each) for each in (self._send_heartbeats(), self._watch_process())]
+        self._tasks = [asyncio.create_task(each) for each in self._duties()]
+
+    def _duties(self) -> tuple[Coroutine[Any, Any, None], ...]:
+        return self._send_heartbeats(), self._watch_process(), self._follow_secrets()
 
     @property
     def is_broken(self) -> bool:
@@ -74,6 +81,22 @@ class Tenure:
         status = await self._process.wait()
         await self._leave(f"its process ended with status {status}")
         self._on_end(f"the worker process {self._replica.pid} ended with status {status}")
+
+    async def _follow_secrets(self) -> None:
+        while True:
+            try:
+                news = await self._router.next_secrets.remote(self._replica.replica_id, self._secrets.serial)
+            # Ray raises many kinds while the router restarts.
+            except Exception as error:
+                logger.warning("no news of the secret: %s", error)
+                await asyncio.sleep(_RETRY_S)
+                continue
+            if news is not None:
+                try:
+                    await self._process.request("secrets", accepted=in_hex(news))
+                except SwitchyardError:
+                    return  # the process has ended, and _watch_process tells
+                self._secrets = news
 
     async def _send_heartbeats(self) -> None:
         while True:

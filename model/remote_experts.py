@@ -37,12 +37,11 @@ class EngineLink:
 
     def __init__(self, *, hidden_size: int, top_k: int, dtype: torch.dtype, max_tokens: int):
         environment = os.environ
-        secret = Path(environment["SWITCHYARD_SECRET_FILE"]).read_bytes()
         self._is_stalled = False
         self.subscriber: TableSubscriber | None = None
         self.dispatcher = Dispatcher(
             engine_id=environment["SWITCHYARD_ENGINE_ID"],
-            secret=secret,
+            secret=Path(environment["SWITCHYARD_SECRET_FILE"]).read_bytes,  # changes while the engine runs
             hidden_size=hidden_size,
             top_k=top_k,
             dtype=dtype,
@@ -51,7 +50,8 @@ class EngineLink:
             on_timeout=self._on_timeout,
             on_accused=self._on_accused,
         )
-        self.subscriber = TableSubscriber(environment[FEED_VARIABLE], secret, self.dispatcher.update)
+        feed_secret = Path(environment["SWITCHYARD_FEED_SECRET_FILE"]).read_bytes()
+        self.subscriber = TableSubscriber(environment[FEED_VARIABLE], feed_secret, self.dispatcher.update)
         self.subscriber.wait_first(float(environment["SWITCHYARD_START_TIMEOUT_S"]))
 
     def _on_timeout(self, why: str) -> None:

@@ -8,6 +8,7 @@ HTTP and JSON on a port of its own, this machine only unless told otherwise; eve
     POST /api/drain    {"worker", "replace"}     lines of JSON: {"say": text} as it goes on, {"done": true} or
     POST /api/scale    {"shard", "replicas"}     {"error": text, "status": 400 or 500} at the end; one action at a time
     POST /api/restart  {"workers": [..]}
+    POST /api/rotate-secret  {}
 
 Errors are {"error": text}. Every action is written to the audit log.
 """
@@ -42,6 +43,7 @@ class Control(Protocol):
     def drain(self, worker: str, *, replace: bool, say: Say) -> None: ...
     def scale(self, shard: int, replicas: int, *, say: Say) -> None: ...
     def restart(self, workers: list[str], *, say: Say) -> None: ...
+    def rotate_secret(self, *, say: Say) -> None: ...
     def check_integrity(self) -> list[dict[str, Any]]: ...
 
 
@@ -141,7 +143,9 @@ class _Handler(BaseHTTPRequestHandler):
                 isinstance(worker, str) for worker in workers
             ):
                 self._act(path, body, lambda say: control.restart(workers, say=say))
-            case (("/api/drain" | "/api/scale" | "/api/restart"), _):
+            case "/api/rotate-secret", {**rest} if not rest:
+                self._act(path, body, lambda say: control.rotate_secret(say=say))
+            case (("/api/rotate-secret" | "/api/drain" | "/api/scale" | "/api/restart"), _):
                 raise _Refused(HTTPStatus.BAD_REQUEST, f"{path} does not take {json.dumps(body)[:200]}")
             case _:
                 raise _Refused(HTTPStatus.NOT_FOUND, f"there is no {path}")

@@ -14,11 +14,16 @@ from cluster.errors import ConfigError
 # name -> (module, one line for --help)
 COMMANDS = {
     "serve": ("ops.serve", "start a model on this machine and serve it over HTTP"),
+    "up": ("ops.up", "start the head of a cluster of several machines, and serve a model on it"),
+    "join": ("ops.join", "give this machine to a cluster"),
+    "down": ("ops.down", "stop a cluster, or take this machine out of one"),
     "status": ("ops.status", "show a running cluster: shards, replicas, engines, what happened"),
     "events": ("ops.events", "print what happened in a running cluster, and what happens next"),
     "scale": ("ops.scale", "change how many replicas a shard has"),
     "drain": ("ops.drain", "take a worker out, without losing a request"),
     "restart": ("ops.restart", "replace workers one after the other"),
+    "rotate-secret": ("ops.rotate_secret", "change the secret that engines and workers prove to each other"),
+    "keys": ("ops.keys", "make, list, replace and revoke API keys"),
     "doctor": ("ops.doctor", "check installation, machine and running clusters, and say what to do"),
     "convert": ("ops.convert", "turn Grok-1 as released into a folder that can be served"),
     "models": ("ops.models", "list the known models with their shapes and the memory they take"),
