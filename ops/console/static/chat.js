@@ -77,7 +77,7 @@ export class ChatPage extends Component {
           <p>${content}${isBusy && index === turns.length - 1 && html`<i class="caret" aria-hidden="true"></i>`}</p></li>`)}
         ${!turns.length && html`<li class="empty">Ask something. The question goes through the OpenAI API as any other, and is kept nowhere.</li>`}
       </ol>
-      <p class="sub" role="status" id="chat-note">${note}${about.licence.attribution && html` · ${about.licence.attribution}`}</p>
+      <p class="sub" role="status" id="chat-note">${[note, about.licence.attribution].filter(Boolean).join(" · ")}</p>
       <form onSubmit=${(event) => this.send(event)}>
         <label class="hidden" for="question">Your question</label>
         <textarea id="question" rows="2" placeholder="Your question" value=${text} onInput=${set("text")}
