@@ -58,6 +58,8 @@ class WorkerSettings:
     """GPUs reserved for each worker (Ray's num_gpus). None: 1 where PyTorch sees a GPU, else 0."""
     host: str = "127.0.0.1"
     """Address its TCP port binds to. Engines on other hosts need one that they can reach."""
+    fault_injection: bool = False
+    """Let processes of the same user order faults of it, as `switchyard bench faults` does. Not for production."""
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,15 @@ class Dispatcher:
         self._outbox = Outbox(int(attempt_s * 1e9))
         self._suspicions = Suspicions(on_accused)
         answers = Answers(self._outbox.counters, self._suspicions, self._shape)
-        self._links = Links(self._shape, engine_id, secret, self._suspicions, answers.on_reply, answers.on_down)
+        self._links = Links(
+            self._shape,
+            engine_id,
+            secret,
+            self._suspicions,
+            answers.on_reply,
+            answers.on_down,
+            self._outbox.attempt_ns,
+        )
         self._sum = Accumulator(hidden_size, max_tokens)
         self._recovery = Recovery(self._links, self._outbox, self._sum, self._timeout_ns, on_timeout)
         self._staging: Staging | None = None  # made when the first tensor on another device comes

@@ -57,6 +57,7 @@ class WorkerProcess:
                 "num_threads": num_threads,
                 "max_tokens": settings.engine.max_num_batched_tokens,
                 "tcp_host": settings.worker.host,
+                "fault_injection": settings.worker.fault_injection,
             }
         )
         return await self._receive_until("ready")

@@ -4,7 +4,8 @@ A process of its own, because OpenMP takes its thread count, binding and spinnin
 because no other thread shall hold the interpreter while a layer call waits.
 
 Its parent speaks JSON lines. On stdin, first the order (see Order), then commands; on stdout, reports:
-    stdin   {"model", "dtype", "shard": {..}, "secret": hex, "num_threads", "max_tokens", "tcp_host"}
+    stdin   {"model", "dtype", "shard": {..}, "secret": hex, "num_threads", "max_tokens", "tcp_host",
+             "fault_injection"}
             or first {"warm": {"model", "dtype"}}, for a spare: have everything imported, and wait for the order
             {"command": "stats" | "load" | "drain"}
     stdout  {"stage": text}          while loading
@@ -93,6 +94,7 @@ def _take_stdout() -> TextIO:
 
 
 def _load(order: dict[str, Any], progress) -> tuple[Any, dict[str, Any]]:
+    from cluster.sabotage import SabotagedServer, Saboteur
     from cluster.server import ExpertServer
     from model.hosted_experts import HostedExperts
 
@@ -106,7 +108,7 @@ def _load(order: dict[str, Any], progress) -> tuple[Any, dict[str, Any]]:
         progress=progress,
     )
     spec = hosted.spec
-    server = ExpertServer(
+    server = (SabotagedServer if order["fault_injection"] else ExpertServer)(
         compute=hosted.compute,
         secret=bytes.fromhex(order["secret"]),
         model_fingerprint=spec.fingerprint,
@@ -118,6 +120,8 @@ def _load(order: dict[str, Any], progress) -> tuple[Any, dict[str, Any]]:
         tcp_host=order["tcp_host"],
         max_tokens=order["max_tokens"],
     )
+    if isinstance(server, SabotagedServer):
+        Saboteur(server)
     ready = {
         "endpoint": dataclasses.asdict(server.endpoint),
         "fingerprint": spec.fingerprint,

@@ -1,22 +1,24 @@
-"""`switchyard bench`: the comparison with colocated vLLM, and the random checkpoint it is made with.
+"""`switchyard bench`: the comparison with colocated vLLM, the fault suite, and random checkpoints for them.
 
 Measures over HTTP only, as a user would; what it starts are processes. Nothing here runs in a server.
 """
 
 import argparse
 
-from ops.bench import compare, make_model
+from ops.bench import compare, faults, make_model
 
 DESCRIPTION = """\
 Measure Switchyard against colocated vLLM on this machine.
 
   switchyard bench make-model /tmp/bench-mixtral       a random Mixtral, 1.4 GB
   switchyard bench compare --model /tmp/bench-mixtral  both sides in turn, three rounds; some minutes
+  switchyard bench faults --faults sigkill,sigstop     what users notice when workers die or hang
 """
 
 COMMANDS = {
     "make-model": (make_model, "write a random Mixtral checkpoint"),
     "compare": (compare, "measure colocated vLLM and Switchyard, and print their ratios"),
+    "faults": (faults, "kill, freeze and corrupt processes of a cluster under load, and print what users noticed"),
 }
 
 

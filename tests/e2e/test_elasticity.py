@@ -11,6 +11,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 
@@ -44,7 +45,7 @@ def ask(serving: Serving, num_tokens: int = NUM_TOKENS) -> Answer:
                 assert "error" not in event, event
                 pieces.append(event["choices"][0]["text"])
     assert line.strip() in (b"data: [DONE]", b"") and len(pieces) == num_tokens
-    return Answer(tuple(pieces), max(b - a for a, b in zip(times_s, times_s[1:], strict=False)))
+    return Answer(tuple(pieces), max(b - a for a, b in pairwise(times_s)))
 
 
 def completion(serving: Serving, num_tokens: int, stream: bool = True) -> urllib.request.Request:

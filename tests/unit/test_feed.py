@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from cluster import auth
+from cluster.blame import Cause
 from cluster.errors import Closed, ConfigError, ConnectionLost, InvalidTable, WrongSecret
 from cluster.fakes import eventually
 from cluster.feed import TableFeed, TableSubscriber
@@ -63,17 +64,26 @@ def test_a_subscriber_comes_back_when_the_feed_does():
 
 def test_the_feed_knows_whether_any_subscriber_is_stalled():
     news: queue.Queue[bool] = queue.Queue()
-    feed = TableFeed(SECRET, on_stalled=news.put)
+    heard: queue.Queue[str] = queue.Queue()
+    feed = TableFeed(SECRET, on_stalled=news.put, on_accused=lambda replica_id, _cause: heard.put(replica_id))
     feed.publish(table(1))
     subscribers = [TableSubscriber(feed.address, SECRET, lambda _: None) for _ in range(2)]
     assert all(subscriber.wait_first(5) for subscriber in subscribers)
-    subscribers[0].report(is_stalled=True)
+
+    def report(which: int, is_stalled: bool) -> None:
+        """Returns when the feed has taken it: reports of different connections come in any order."""
+        subscribers[which].report(is_stalled)
+        subscribers[which].accuse("taken", Cause.SILENT)
+        assert heard.get(timeout=5) == "taken"
+
+    report(0, is_stalled=True)
     assert news.get(timeout=5) is True
-    subscribers[1].report(is_stalled=True)
-    subscribers[0].report(is_stalled=False)
-    subscribers[1].report(is_stalled=False)
+    report(1, is_stalled=True)
+    report(0, is_stalled=False)
+    assert news.empty()
+    report(1, is_stalled=False)
     assert news.get(timeout=5) is False
-    subscribers[1].report(is_stalled=True)
+    report(1, is_stalled=True)
     assert news.get(timeout=5) is True
     subscribers[1].close()  # its process has ended
     assert news.get(timeout=5) is False
