@@ -9,7 +9,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, SwitchyardError
 
 # name -> (module, one line for --help)
 COMMANDS = {
@@ -30,6 +30,7 @@ COMMANDS = {
     "version": ("ops.version", "print the versions of Switchyard and what it stands on"),
 }
 
+FAILED = 1
 USAGE_ERROR = 2
 
 
@@ -43,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"switchyard: {error}", file=sys.stderr)
         return USAGE_ERROR
+    except SwitchyardError as error:
+        print(f"switchyard: {error}", file=sys.stderr)
+        return FAILED
 
 
 def _parser(chosen: str | None) -> argparse.ArgumentParser:

@@ -3,7 +3,12 @@
 import hashlib
 import http.client
 import json
+import os
+import pty
 import re
+import subprocess
+import sys
+import termios
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -23,7 +28,8 @@ from ops.runs import announced, this_process
 from tests.simulated import ABOUT, SimulatedCluster
 
 TOKEN = "0123456789abcdef"
-STATIC = Path(__file__).parents[2] / "ops" / "console" / "static"
+ROOT = Path(__file__).parents[2]
+STATIC = ROOT / "ops" / "console" / "static"
 
 
 @pytest.fixture
@@ -222,6 +228,40 @@ def test_commands_print_links_and_views(api, capsys, tmp_path, monkeypatch):
         assert json.loads(capsys.readouterr().out)["about"]["model"] == "grok-2"
         assert main(["top"]) == 0
         assert "workers 4 of 4 online" in capsys.readouterr().out
+
+
+def test_top_is_live_on_a_terminal_and_leaves_it_as_it_was(api, cluster, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    mine = this_process(model="m", http="http://127.0.0.1:8000", ops=api.address, token=TOKEN, logs="/logs")
+    ours, theirs = pty.openpty()
+    with announced(mine):
+        top = subprocess.Popen([sys.executable, "-m", "ops.cli", "top"], stdin=theirs, stdout=theirs, cwd=ROOT)
+        before = termios.tcgetattr(ours)
+        shown = _read_until(ours, b"workers 4 of 4 online")
+        cluster.kill(next(iter(cluster.workers)))
+        shown += _read_until(ours, b"workers 3 of 4 online")
+        os.write(ours, b"q")
+        assert top.wait(10) == 0
+    shown += os.read(ours, 10_000)
+    assert b"\033[?1049h" in shown and shown.endswith(b"\033[?1049l\033[?25h")
+    assert termios.tcgetattr(ours) == before
+    os.close(ours)
+    os.close(theirs)
+
+
+def _read_until(terminal: int, wanted: bytes) -> bytes:
+    shown = b""
+    while wanted not in shown:
+        shown += os.read(terminal, 10_000)
+    return shown
+
+
+def test_a_cluster_that_has_gone_is_said_plainly(api, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    mine = this_process(model="m", http="http://127.0.0.1:8000", ops="http://127.0.0.1:9", token=TOKEN, logs="/logs")
+    with announced(mine):
+        assert main(["top"]) == main(["status"]) == 1
+    assert "127.0.0.1:9 does not answer" in capsys.readouterr().err
 
 
 def event(time_s: float, kind: str, subject: str, text: str = "") -> dict:
