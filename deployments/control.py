@@ -36,14 +36,31 @@ class Control:
         self._app = app_name
 
     def status(self) -> dict[str, Any]:
-        """Registry.status() (cluster/registry.py) with "model", "progress" and "nodes"."""
+        """Registry.status() (cluster/registry.py) with "model" and "progress"."""
         status = dict(self._router("status"))
         del status["table"]
-        return {**status, "nodes": nodes()}
+        return status
 
     def expert_load(self) -> list[list[int]]:
         """Tokens that each expert has computed: [layer][expert], growing until the router restarts."""
         return list(self._router("expert_load"))
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """The machines: {"id", "name", "address", "alive", "cpus", "gpus", "memory_bytes"}."""
+        import ray
+
+        return [
+            {
+                "id": node["NodeID"],
+                "name": node["NodeManagerHostname"],
+                "address": node["NodeManagerAddress"],
+                "alive": node["Alive"],
+                "cpus": node["Resources"].get("CPU", 0.0),
+                "gpus": node["Resources"].get("GPU", 0.0),
+                "memory_bytes": node["Resources"].get("memory", 0.0),
+            }
+            for node in ray.nodes()
+        ]
 
     def drain(self, worker: str, *, replace: bool = False, say: Say = _silent) -> None:
         """Take a worker out: it finishes what it took, takes nothing new and leaves.
@@ -167,21 +184,3 @@ class Control:
             if time.monotonic() > end_s:
                 raise ActionFailed(f"{failure} after {limit_s:.0f} s; `switchyard events` says what happened")
             time.sleep(_POLL_S)
-
-
-def nodes() -> list[dict[str, Any]]:
-    """The machines of the Ray cluster: {"id", "name", "address", "alive", "cpus", "gpus", "memory_bytes"}."""
-    import ray
-
-    return [
-        {
-            "id": node["NodeID"],
-            "name": node["NodeManagerHostname"],
-            "address": node["NodeManagerAddress"],
-            "alive": node["Alive"],
-            "cpus": node["Resources"].get("CPU", 0.0),
-            "gpus": node["Resources"].get("GPU", 0.0),
-            "memory_bytes": node["Resources"].get("memory", 0.0),
-        }
-        for node in ray.nodes()
-    ]

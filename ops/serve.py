@@ -196,11 +196,11 @@ def ready_message(config: ServeConfig, plan: Any, logs: Path, console: str | Non
     """URL, a line to try, where the console and the logs are."""
     url = base_url(config)
     body = {"model": plan.settings.name, "prompt": example_prompt(plan), "max_tokens": 40}
+    console_line = f"  console: {console}\n" if console else ""
     return (
         f"ready: {url}/v1 serves {plan.settings.name}\n\n"
         f"  curl {url}/v1/completions -H 'Content-Type: application/json' \\\n    -d '{json.dumps(body)}'\n\n"
-        f"{f'  console: {console}' + chr(10) if console else ''}"
-        f"  logs: {logs}\n  `switchyard status` shows the workers. Ctrl-C stops everything.\n"
+        f"{console_line}  logs: {logs}\n  `switchyard status` shows the workers. Ctrl-C stops everything.\n"
     )
 
 

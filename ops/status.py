@@ -19,7 +19,6 @@ Show a running cluster: shards with their replicas, spares, engines, and what ha
   "shards": [{"id", "layers": [first, end], "experts": [..], "num_experts", "wanted",
               "replicas": [{"id", "pid", "node", "state", "role", "load": {..}, "memory_bytes", "age_s"}]}],
   "spares": [{"id", "pid", "node", "state", "shard"}], "engines": [{"id", "pid", "node", "state", "load", "age_s"}],
-  "nodes": [{"id", "name", "address", "alive", "cpus", "gpus", "memory_bytes"}],
   "events": [{"time_s", "kind", "subject", "text"}], "progress": {source: text}}
 Exit status 1 when a shard has no worker or no engine is ready.
 """

@@ -22,6 +22,7 @@ Watch a running cluster: engines, expert workers with their load, and what happe
 Keys: q leaves, s sorts the workers by shard or by load.
 
 --json prints {"time_s", "trouble", "status": as `switchyard status --json`, "events", "actions",
+  "nodes": [{"id", "name", "address", "alive", "cpus", "gpus", "memory_bytes"}],
   "incidents": [{"title", "severity", "subject", "why", "begin_s", "end_s", "done"}],
   "samples": [{"time_s", "running", "waiting", "workers", "kv_cache_used", "generated_per_s", "prompt_per_s", ..}],
   "about": {"model", "licence", ..}, "can": {action: {..}}}

@@ -73,19 +73,20 @@ class SimulatedCluster:
         with self._lock:
             names = list(self.workers)
             online = {shard for shard, _ in self.workers.values()}
-            num_nodes = -(-max(len(names), 1) // NODE_WORKERS)
             return {
                 "model": "grok-2",
                 "epoch": self.epoch,
                 "router": {"pid": 1, "node": "node-0"},
                 "missing_shards": sorted(set(self.wanted) - online),
-                "nodes": [self._node(number) for number in range(num_nodes)],
                 "shards": [self._shard(shard, names) for shard in self.wanted],
                 "spares": [],
                 "engines": [self._engine(number) for number in range(4)],
                 "events": list(self.events)[-1000:],
                 "progress": {},
             }
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [self._node(number) for number in range(-(-max(len(self.workers), 1) // NODE_WORKERS))]
 
     def _node(self, number: int) -> dict[str, Any]:
         return {

@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from cluster.errors import SwitchyardError
+from ops.action_log import in_words
 from ops.api_actions import Control
 from ops.console.heat import Heat
 from ops.console.history import History
 from ops.console.incidents import incidents
 
 # Something that happened is shown within LOOK_S, loads that only vary every SAMPLE_S.
-LOOK_S = 0.4
+LOOK_S = 0.25
 SAMPLE_S = 2.0
 _SHOWN_INCIDENTS = 60
 
@@ -26,6 +26,7 @@ class Live:
         self._actions = actions
         self._history = History()
         self._heat = Heat()
+        self._nodes: list[dict[str, Any]] = []
         self._lock = threading.Lock()
         self._news = threading.Condition()
         self._stop = threading.Event()
@@ -77,30 +78,30 @@ class Live:
 
     def _look(self, now_s: float) -> None:
         try:
-            status, trouble = self._control.status(), ""
-            is_sample = now_s - self._sampled_s >= SAMPLE_S
-            if is_sample:
+            status = self._control.status()
+            self._publish(now_s, status, "", is_sample=False)  # before whatever else takes time
+            if now_s - self._sampled_s >= SAMPLE_S:
                 self._sample(now_s, status)
+                self._publish(now_s, status, "", is_sample=True)
         # Ray raises many kinds while the router restarts; people shall see that, and what was known last.
         except Exception as error:
-            trouble = str(error) if isinstance(error, SwitchyardError) else f"{type(error).__name__}: {error}"
-            status, is_sample = self._view.get("status", {}), False
-        self._publish(now_s, status, trouble, is_sample)
+            self._publish(now_s, self._view.get("status", {}), in_words(error), is_sample=False)
 
     def _sample(self, now_s: float, status: Mapping[str, Any]) -> None:
-        total = self._control.expert_load()
+        total, self._nodes = self._control.expert_load(), self._control.nodes()
         with self._lock:
             self._history.add(now_s, status)
             self._heat.add(now_s, total)
         self._sampled_s = now_s
 
-    def _publish(self, now_s: float, status: Mapping[str, Any], trouble: str, is_sample: bool) -> None:
+    def _publish(self, now_s: float, status: Mapping[str, Any], trouble: str, *, is_sample: bool) -> None:
         events = status.get("events", self._view.get("events", []))
         view = {
             "number": self._number + 1,
             "time_s": now_s,
             "trouble": trouble,
             "status": {key: value for key, value in status.items() if key != "events"},
+            "nodes": self._nodes,
             "events": events,
             "incidents": incidents(events)[-_SHOWN_INCIDENTS:],
             "actions": self._actions(),

@@ -84,6 +84,9 @@ class FakeControl:
     def status(self) -> dict:
         return self.answer
 
+    def nodes(self) -> list[dict]:
+        return []
+
     def expert_load(self) -> list[list[int]]:
         return [[1, 2], [3, 4]]
 

@@ -45,7 +45,8 @@ class App extends Component {
   render() {
     const { store, asking } = this.state;
     if (store?.link === "signed out") return html`<${SignedOut} error=${store.signInError} />`;
-    if (!store?.view?.status?.shards) return html`<p class="splash" role="status">Looking at the cluster …</p>`;
+    if (!store?.view?.status?.shards) return html`<p class="splash" role="status">
+      ${store?.view?.trouble || (store?.link === "lost" ? "The console's server does not answer." : "Looking at the cluster …")}</p>`;
     const { page: Page, title } = PAGES.find(({ path }) => path === this.state.route) ?? PAGES[0];
     return html`
       <a class="skip" href="#main" onClick=${skipToMain}>Skip to content</a>

@@ -68,8 +68,8 @@ export class Details extends Component {
     this.dialog.showModal();
   }
 
-  render({ replica, id, status, can, ask, close }) {
-    const node = status.nodes.find((each) => each.id === replica?.node);
+  render({ replica, id, nodes, can, ask, close }) {
+    const node = nodes.find((each) => each.id === replica?.node);
     const facts = replica && [
       ["Role", replica.role], ["Device", replica.load.device ?? "–"],
       ["Node", node ? `${node.name} (${node.address})` : replica.node], ["Process", replica.pid],

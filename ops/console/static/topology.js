@@ -15,7 +15,7 @@ export class TopologyPage extends Component {
 
   render({ view, can, ask }, { by, find, chosen }) {
     const { status } = view;
-    const found = filtered(status, find.trim().toLowerCase());
+    const found = filtered(view.nodes, find.trim().toLowerCase());
     const selected = chosen && status.shards.flatMap((s) => s.replicas).find((replica) => replica.id === chosen);
     return html`
       <${Figures} view=${view} />
@@ -37,21 +37,21 @@ export class TopologyPage extends Component {
         </div>
         ${by === "shard"
           ? html`<${Shards} status=${status} found=${found} can=${can} ask=${ask} choose=${this.choose} />`
-          : html`<${Nodes} status=${status} found=${found} choose=${this.choose} />`}
+          : html`<${Nodes} nodes=${view.nodes} status=${status} found=${found} choose=${this.choose} />`}
       </section>
       ${status.spares.length > 0 && html`<section aria-labelledby="spares-title">
         <h2 id="spares-title">Warm spares</h2>
         <div class="tiles">${status.spares.map((each) => html`<${SpareTile} key=${each.id} spare=${each} />`)}</div>
       </section>`}
-      ${chosen && html`<${Details} replica=${selected} id=${chosen} status=${status} can=${can}
+      ${chosen && html`<${Details} replica=${selected} id=${chosen} nodes=${view.nodes} can=${can}
         ask=${ask} close=${() => this.choose(null)} />`}
     `;
   }
 }
 
 // A function that says whether a replica is meant by what was typed.
-function filtered(status, text) {
-  const names = Object.fromEntries(status.nodes.map((node) => [node.id, node.name.toLowerCase()]));
+function filtered(nodes, text) {
+  const names = Object.fromEntries(nodes.map((node) => [node.id, node.name.toLowerCase()]));
   return (replica) => !text || [replica.id, replica.state, replica.role, names[replica.node] ?? ""].some((each) => each.includes(text));
 }
 
@@ -119,11 +119,11 @@ function stagesOfMissing(status, shard, online) {
   return newest;
 }
 
-function Nodes({ status, found, choose }) {
+function Nodes({ nodes, status, found, choose }) {
   const replicas = status.shards.flatMap((shard) => shard.replicas).filter(found);
   const busiest = Math.max(1, ...replicas.map((replica) => replica.load.tokens_per_s ?? 0));
   return html`<div class="shards">
-    ${status.nodes.map((node) => {
+    ${nodes.map((node) => {
       const here = replicas.filter((replica) => replica.node === node.id);
       const engines = status.engines.filter((engine) => engine.node === node.id);
       const devices = [...new Set(here.map((replica) => replica.load.device ?? "unknown device"))].sort();
