@@ -9,7 +9,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,16 @@ REPLICATED: Mapping[str, Any] = {
     "workers": 2,
     "replicas": 2,
     "engine": {"kv_cache_gib": 0.25, "enforce_eager": True, "vllm": {"enable_prefix_caching": False}},
+    "worker": {"fault_injection": True},
 }
+
+
+def wait_until(condition: Callable[[], bool], what: str, limit_s: float = 120.0) -> None:
+    """Return when `condition` holds; fail, naming `what`, when it does not in time."""
+    end_s = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end_s, f"waited {limit_s} s for: {what}"
+        time.sleep(0.1)
 
 
 class Serving:

@@ -5,7 +5,7 @@ Measures over HTTP only, as a user would; what it starts are processes. Nothing 
 
 import argparse
 
-from ops.bench import compare, faults, make_model
+from ops.bench import compare, faults, make_model, soak
 
 DESCRIPTION = """\
 Measure Switchyard against colocated vLLM on this machine.
@@ -19,6 +19,7 @@ COMMANDS = {
     "make-model": (make_model, "write a random Mixtral checkpoint"),
     "compare": (compare, "measure colocated vLLM and Switchyard, and print their ratios"),
     "faults": (faults, "kill, freeze and corrupt processes of a cluster under load, and print what users noticed"),
+    "soak": (soak, "random faults under load for a long time, and what has leaked after it"),
 }
 
 

@@ -206,7 +206,7 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
 def cluster_settings(arguments: argparse.Namespace, logs: Path, streams: int) -> Settings:
     """float32, in which every answer is exact, so that a changed token is a fault. Raises ConfigError."""
     model = Path(arguments.model).expanduser() if arguments.model else logs / "tiny-mixtral"
-    if not arguments.model:
+    if not model.exists() and not arguments.model:
         make_model(model, TINY)
     args = {
         **sides.bench_args(

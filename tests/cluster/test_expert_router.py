@@ -8,6 +8,7 @@ import pytest
 
 from cluster.errors import ConfigError
 from cluster.routing import Endpoint, Replica, ReplicaState, RoutingTable
+from tests.serving import wait_until
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -48,13 +49,6 @@ def replica(name: str, shard_id: int) -> Replica:
 def register_all(router: Router) -> None:
     for shard_id in range(2):
         router("register", replica(f"worker-{shard_id}", shard_id), "fingerprint")
-
-
-def eventually(condition: Any, limit_s: float = 20.0) -> None:
-    deadline_s = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline_s, "condition not met in time"
-        time.sleep(0.1)
 
 
 def test_engines_get_the_first_table_when_every_shard_has_a_worker(router):
@@ -122,7 +116,7 @@ def test_a_new_router_keeps_the_secret_and_raises_the_epoch(router):
         except ray.exceptions.RayError:
             return False
 
-    eventually(is_back, limit_s=60)
+    wait_until(is_back, "the router is back")
     assert router("secret") == secret
     assert router("heartbeat", "worker-0") == "register"
     register_all(router)
