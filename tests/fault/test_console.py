@@ -79,4 +79,4 @@ def _the_chat_answers(page: Any) -> None:
     page.get_by_label("Tokens at most").fill("5")
     page.get_by_label("Your question").fill("Hello")
     page.get_by_role("button", name="Send").click()
-    page.locator("#chat-note", has_text="+ 5 tokens").wait_for()
+    page.locator("#chat-note", has_text="first after").wait_for()

@@ -61,13 +61,13 @@ function Figures({ view }) {
   const last = samples[samples.length - 1] ?? {};
   const over = (key) => samples.map((sample) => sample[key]);
   return html`<dl class="figures">
-    <${Figure} id="online" name="Workers online" value=${number(online)} of=${`of ${number(wanted)} wanted`}
+    <${Figure} id="online" name="Workers online" value=${number(online)} of=${`of ${number(wanted)}`}
       level=${online < wanted ? "warn" : "good"} values=${over("workers")} />
     <${Figure} name="Engines ready" value=${number(ready)} of=${`of ${number(engines)}`} level=${ready ? "good" : "bad"} />
     <${Figure} name="Requests in flight" value=${number(last.running)} of=${`${number(last.waiting)} waiting`} values=${over("running")} />
-    <${Figure} name="Tokens out, per second" value=${rate(last.generated_per_s)} values=${over("generated_per_s")} />
-    <${Figure} name="First token, median" value=${seconds(last.first_token_p50_s)} values=${over("first_token_p50_s")} />
-    <${Figure} name="Between tokens, median" value=${seconds(last.inter_token_p50_s)} values=${over("inter_token_p50_s")} />
+    <${Figure} name="Tokens per second" value=${rate(last.generated_per_s)} values=${over("generated_per_s")} />
+    <${Figure} name="First token" of="median" value=${seconds(last.first_token_p50_s)} values=${over("first_token_p50_s")} />
+    <${Figure} name="Between tokens" of="median" value=${seconds(last.inter_token_p50_s)} values=${over("inter_token_p50_s")} />
   </dl>`;
 }
 
