@@ -1,5 +1,6 @@
-"""`switchyard top` and the completion scripts, without a terminal and without a cluster."""
+"""`switchyard top`, the completion scripts and the versions, without a terminal and without a cluster."""
 
+import json
 import os
 import re
 import subprocess
@@ -83,3 +84,9 @@ def test_bash_completes_with_the_script(tmp_path):
     assert complete("scale", "1") == ["1"]
     assert complete("status", "--j") == ["--json"]
     assert complete("completion", "f") == ["fish"]
+
+
+def test_versions_are_for_people_and_for_programs(capsys):
+    assert main(["version"]) == 0 and "Python 3." in capsys.readouterr().out
+    assert main(["version", "--json"]) == 0
+    assert {"switchyard", "ray", "torch", "python"} <= set(json.loads(capsys.readouterr().out))
