@@ -13,7 +13,7 @@ import { TopologyPage } from "/ops/topology.js";
 
 const PAGES = [
   { path: "topology", title: "Topology", icon: "M4 6h6v5H4zM14 13h6v5h-6zM7 11v4.5h7", page: TopologyPage },
-  { path: "experts", title: "Experts", icon: "M4 4h5v5H4zM10 4h5v5h-5zM4 10h5v5H4zM10 10h10v10H10z", page: ExpertsPage },
+  { path: "experts", title: "Experts", icon: "M4 4h5v5H4zM10 4h5v5h-5zM4 10h5v5H4zM10 10h9v9h-9z", page: ExpertsPage },
   { path: "performance", title: "Performance", icon: "M4 19V5M4 19h16M7 15l4-5 3 3 5-7", page: PerformancePage },
   { path: "events", title: "Events", icon: "M12 4a8 8 0 1 0 .01 0M12 8v4l3 2", page: EventsPage },
   { path: "model", title: "Model", icon: "M12 3l8 4.5v9L12 21l-8-4.5v-9zM4 7.5l8 4.5 8-4.5M12 12v9", page: ModelPage },
@@ -45,8 +45,10 @@ class App extends Component {
   render() {
     const { store, asking } = this.state;
     if (store?.link === "signed out") return html`<${SignedOut} error=${store.signInError} />`;
-    if (!store?.view?.status?.shards) return html`<p class="splash" role="status">
-      ${store?.view?.trouble || (store?.link === "lost" ? "The console's server does not answer." : "Looking at the cluster …")}</p>`;
+    if (!store?.view?.status?.shards) {
+      const known = store?.link === "lost" ? "The console's server does not answer." : "Looking at the cluster …";
+      return html`<p class="splash" role="status">${store?.view?.trouble || known}</p>`;
+    }
     const { page: Page, title } = PAGES.find(({ path }) => path === this.state.route) ?? PAGES[0];
     return html`
       <a class="skip" href="#main" onClick=${skipToMain}>Skip to content</a>

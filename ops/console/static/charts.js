@@ -27,7 +27,8 @@ export function Sparkline({ values }) {
   const most = Math.max(...recent.map((value) => value ?? 0)) || 1;
   const step = 100 / Math.max(1, recent.length - 1);
   const points = recent.map((value, index) => [index * step, value === null ? null : 22 - (20 * value) / most]);
-  return html`<svg class="spark" viewBox="0 0 100 24" preserveAspectRatio="none" aria-hidden="true"><path d=${path(points)} /></svg>`;
+  return html`<svg class="spark" viewBox="0 0 100 24" preserveAspectRatio="none" aria-hidden="true">
+    <path d=${path(points)} /></svg>`;
 }
 
 // The smallest of 1, 2, 5 x 10^n that is not below the value.
@@ -70,17 +71,22 @@ export class Chart extends Component {
     const spoken = series.map(({ key, name }) => `${name} ${show(sample[key])}`).join(", ");
     return html`<figure class="card chart">
       <figcaption><h3>${title}</h3>
-        <span>${series.map(({ key, name }, i) => html`<span key=${key} class=${`key s${i}`}><i aria-hidden="true"></i>${name}
+        <span>${series.map(({ key, name }, i) => html`<span key=${key} class=${`key s${i}`}>
+          <i aria-hidden="true"></i>${name}
           <b>${show(sample[key])}</b></span>`)}</span>
       </figcaption>
-      <svg viewBox=${`0 0 ${WIDTH} ${HEIGHT}`} role="img" tabindex="0" aria-label=${`${title}. ${at === null ? "Now" : clock(sample.time_s)}: ${spoken}`}
-        onPointerMove=${(e) => this.point(e)} onPointerLeave=${() => this.setState({ at: null })} onKeyDown=${(e) => this.move(e)}>
+      <svg viewBox=${`0 0 ${WIDTH} ${HEIGHT}`} role="img" tabindex="0"
+        aria-label=${`${title}. ${at === null ? "Now" : clock(sample.time_s)}: ${spoken}`}
+        onPointerMove=${(e) => this.point(e)} onPointerLeave=${() => this.setState({ at: null })}
+          onKeyDown=${(e) => this.move(e)}>
         ${[0, 0.5, 1].map((share) => html`<g key=${share} class="axis">
           <line x1=${LEFT} x2=${WIDTH} y1=${y(most * share)} y2=${y(most * share)} />
           <text x=${LEFT - 8} y=${y(most * share) + 4} text-anchor="end">${show(most * share)}</text></g>`)}
         ${[0, last].map((each, i) => samples[each] && html`
-          <text key=${i} class="time" x=${x(each)} y=${HEIGHT - 4} text-anchor=${i ? "end" : "start"}>${clock(samples[each].time_s)}</text>`)}
-        ${series.map(({ key }, i) => html`<path key=${key} class=${`line s${i}`} d=${path(samples.map((s, j) => [x(j), y(s[key] ?? null)]))} />`)}
+          <text key=${i} class="time" x=${x(each)} y=${HEIGHT - 4}
+            text-anchor=${i ? "end" : "start"}>${clock(samples[each].time_s)}</text>`)}
+        ${series.map(({ key }, i) => html`<path key=${key} class=${`line s${i}`}
+          d=${path(samples.map((s, j) => [x(j), y(s[key] ?? null)]))} />`)}
         ${at !== null && html`<line class="cursor" x1=${x(index)} x2=${x(index)} y1=${TOP} y2=${HEIGHT - BOTTOM} />
           <text class="time now" x=${x(index)} y=${HEIGHT - 4} text-anchor="middle">${clock(sample.time_s)}</text>`}
       </svg>

@@ -6,7 +6,8 @@ import { lines, post } from "/ops/store.js";
 export class ChatPage extends Component {
   constructor() {
     super();
-    this.state = { mode: "chat", maxTokens: 200, temperature: 0.7, key: "", text: "", turns: [], isBusy: false, note: "" };
+    const settings = { mode: "chat", maxTokens: 200, temperature: 0.7, key: "" };
+    this.state = { ...settings, text: "", turns: [], isBusy: false, note: "" };
   }
 
   componentWillUnmount() {
@@ -58,8 +59,12 @@ export class ChatPage extends Component {
 
   tell(usage, begin, first) {
     const spent = (performance.now() - first) / 1000;
-    const speed = usage.completion_tokens > 1 ? ` · ${rate((usage.completion_tokens - 1) / spent)} tokens per second` : "";
-    this.setState({ note: `${number(usage.prompt_tokens)} + ${number(usage.completion_tokens)} tokens · first after ${seconds((first - begin) / 1000)}${speed}` });
+    const parts = [
+      `${number(usage.prompt_tokens)} + ${number(usage.completion_tokens)} tokens`,
+      `first after ${seconds((first - begin) / 1000)}`,
+      usage.completion_tokens > 1 && `${rate((usage.completion_tokens - 1) / spent)} tokens per second`,
+    ];
+    this.setState({ note: parts.filter(Boolean).join(" · ") });
   }
 
   render({ about }, { mode, maxTokens, temperature, key, text, turns, isBusy, note }) {
@@ -68,14 +73,21 @@ export class ChatPage extends Component {
       <div class="bar"><h2 id="chat-title">Test chat with ${about.model}</h2>
         <button onClick=${() => this.setState({ turns: [], note: "" })} disabled=${isBusy}>Clear</button></div>
       <details class="card settings"><summary>Settings</summary><div>
-        <label>Ask for<select value=${mode} onChange=${set("mode")}><option value="chat">a chat</option><option value="completion">a completion</option></select></label>
-        <label>Tokens at most<input type="number" min="1" max="4096" value=${maxTokens} onInput=${set("maxTokens", Number)} /></label>
-        <label>Temperature<input type="number" min="0" max="2" step="0.1" value=${temperature} onInput=${set("temperature", Number)} /></label>
-        <label>API key, if it asks for one<input type="password" autocomplete="off" value=${key} onInput=${set("key")} /></label></div></details>
+        <label>Ask for<select value=${mode} onChange=${set("mode")}><option value="chat">a chat</option>
+          <option value="completion">a completion</option></select></label>
+        <label>Tokens at most<input type="number" min="1" max="4096" value=${maxTokens}
+          onInput=${set("maxTokens", Number)} /></label>
+        <label>Temperature<input type="number" min="0" max="2" step="0.1" value=${temperature}
+          onInput=${set("temperature", Number)} /></label>
+        <label>API key, if it asks for one<input type="password" autocomplete="off" value=${key}
+          onInput=${set("key")} /></label></div></details>
       <ol class="turns" role="log" aria-live="polite" aria-busy=${isBusy}>
-        ${turns.map(({ role, content }, index) => html`<li key=${index} class=${role}><span class="sub">${role === "user" ? "You" : about.model}</span>
-          <p>${content}${isBusy && index === turns.length - 1 && html`<i class="caret" aria-hidden="true"></i>`}</p></li>`)}
-        ${!turns.length && html`<li class="empty">Ask something. The question goes through the OpenAI API as any other, and is kept nowhere.</li>`}
+        ${turns.map(({ role, content }, index) => html`<li key=${index} class=${role}>
+          <span class="sub">${role === "user" ? "You" : about.model}</span>
+          <p>${content}${isBusy && index === turns.length - 1 && html`<i class="caret" aria-hidden="true"></i>`}</p>
+            </li>`)}
+        ${!turns.length && html`<li class="empty">
+          Ask something. The question goes through the OpenAI API as any other, and is kept nowhere.</li>`}
       </ol>
       <p class="sub" role="status" id="chat-note">${[note, about.licence.attribution].filter(Boolean).join(" · ")}</p>
       <form onSubmit=${(event) => this.send(event)}>

@@ -5,6 +5,7 @@ import { html, Component } from "/ops/html.js";
 const WINDOWS = { 0: "Live", 60: "1 min", 300: "5 min", 900: "15 min" };
 const REFRESH_MS = 2000;
 const TOP = 8;
+const STEPS = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] };
 const HOT = 3; // times the mean of the layer: the hottest colour
 // From cool to hot, for each theme: [red, green, blue] at equal steps.
 const RAMPS = {
@@ -85,11 +86,12 @@ export class ExpertsPage extends Component {
   point(event) {
     const box = this.canvas.getBoundingClientRect();
     const { tokens } = this.state.heat;
-    this.choose(((event.clientY - box.top) / box.height) * tokens.length, ((event.clientX - box.left) / box.width) * tokens[0].length);
+    const layer = ((event.clientY - box.top) / box.height) * tokens.length;
+    this.choose(layer, ((event.clientX - box.left) / box.width) * tokens[0].length);
   }
 
   move(event) {
-    const [down, right] = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key] ?? [0, 0];
+    const [down, right] = STEPS[event.key] ?? [0, 0];
     if (!down && !right) return;
     event.preventDefault();
     const cell = this.state.cell ?? { layer: 0, expert: 0 };
@@ -104,21 +106,25 @@ export class ExpertsPage extends Component {
 
   render({ view, about }, { window: chosen, heat, cell }) {
     const total = heat?.tokens.flat().reduce((sum, count) => sum + count, 0) ?? 0;
+    const reading = total || !heat ? described(heat, cell, view.status) : "No token was computed in that time.";
     return html`<section aria-labelledby="experts-title">
       <div class="bar"><h2 id="experts-title">Expert load</h2>
         <div class="segments" role="group" aria-label="Window">${Object.entries(WINDOWS).map(([key, name]) => html`
-          <button key=${key} aria-pressed=${chosen === Number(key)} onClick=${() => this.show(Number(key))}>${name}</button>`)}</div>
+          <button key=${key} aria-pressed=${chosen === Number(key)}
+            onClick=${() => this.show(Number(key))}>${name}</button>`)}</div>
       </div>
       <p class="sub">Tokens per expert (across) in each layer (down)${heat ? ` over ${seconds(heat.seconds)}` : ""}.
         Colours compare an expert with the mean of its layer. ${about.experts} experts, ${about.top_k} per token.</p>
       <div class="card heat">
         <div class="axis-x" aria-hidden="true"><span>expert 0</span><span>expert ${about.experts - 1}</span></div>
-        <div class="heat-body"><div class="axis-y" aria-hidden="true"><span>layer 0</span><span>layer ${about.layers - 1}</span></div>
+        <div class="heat-body"><div class="axis-y" aria-hidden="true"><span>layer 0</span>
+          <span>layer ${about.layers - 1}</span></div>
           <canvas ref=${(node) => (this.canvas = node)} tabindex="0" role="img" id="heat"
-            aria-label=${`Heat map of ${about.layers} layers and ${about.experts} experts. ${described(heat, cell, view.status)}`}
-            onPointerMove=${(e) => heat?.tokens.length && this.point(e)} onPointerLeave=${() => this.setState({ cell: null })}
+            aria-label=${`Heat map of ${about.layers} layers and ${about.experts} experts. ${reading}`}
+            onPointerMove=${(e) => heat?.tokens.length && this.point(e)}
+              onPointerLeave=${() => this.setState({ cell: null })}
             onKeyDown=${(e) => heat?.tokens.length && this.move(e)}></canvas></div>
-        <p class="reading" aria-live="polite">${total || !heat ? described(heat, cell, view.status) : "No token was computed in that time."}</p>
+        <p class="reading" aria-live="polite">${reading}</p>
         <div class="legend" aria-hidden="true"><span>idle</span><i></i><span>${HOT} times the mean, or more</span></div>
       </div>
       ${total > 0 && html`<${Hottest} heat=${heat} status=${view.status} />`}
@@ -132,12 +138,16 @@ function described(heat, cell, status) {
   const row = heat.tokens[cell.layer];
   const sum = row.reduce((a, b) => a + b, 0);
   const share = sum ? row[cell.expert] / sum : 0;
-  return `Layer ${cell.layer}, expert ${cell.expert}: ${number(row[cell.expert])} tokens, ${number(share * 100, 1)}% of its layer, `
+  return `Layer ${cell.layer}, expert ${cell.expert}: ${number(row[cell.expert])} tokens, `
+    + `${number(share * 100, 1)}% of its layer, `
     + `${number(share * row.length, 2)} times the mean; shard ${holders(status, cell.layer, cell.expert)}`;
 }
 
 function holders(status, layer, expert) {
-  return status.shards.filter((s) => s.layers[0] <= layer && layer < s.layers[1] && s.experts.includes(expert)).map((s) => s.id).join(", ");
+  const holding = status.shards.filter(
+    ({ layers, experts }) => layers[0] <= layer && layer < layers[1] && experts.includes(expert),
+  );
+  return holding.map((shard) => shard.id).join(", ");
 }
 
 function Hottest({ heat, status }) {
@@ -146,9 +156,12 @@ function Hottest({ heat, status }) {
     return row.map((count, expert) => ({ layer, expert, count, over: (count * row.length) / sum }));
   });
   cells.sort((a, b) => b.over - a.over);
-  return html`<section class="card" aria-labelledby="hottest-title"><h3 id="hottest-title">Furthest above their layer's mean</h3>
-    <div class="scroll"><table><thead><tr><th>Layer</th><th>Expert</th><th>Shard</th><th>Tokens per second</th><th>Times the mean</th></tr></thead>
+  return html`<section class="card" aria-labelledby="hottest-title">
+    <h3 id="hottest-title">Furthest above their layer's mean</h3>
+    <div class="scroll"><table><thead><tr><th>Layer</th><th>Expert</th><th>Shard</th><th>Tokens per second</th>
+      <th>Times the mean</th></tr></thead>
     <tbody>${cells.slice(0, TOP).map((each) => html`<tr key=${`${each.layer} ${each.expert}`}>
       <td>${each.layer}</td><td>${each.expert}</td><td>${holders(status, each.layer, each.expert)}</td>
-      <td>${rate(each.count / (heat.seconds || 1))}</td><td>${number(each.over, 2)}</td></tr>`)}</tbody></table></div></section>`;
+      <td>${rate(each.count / (heat.seconds || 1))}</td><td>${number(each.over, 2)}</td></tr>`)}</tbody></table></div>
+        </section>`;
 }

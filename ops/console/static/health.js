@@ -30,7 +30,7 @@ export function health({ link, view }) {
     return { level: "bad", text: `Shard ${status.missing_shards.join(", ")} without a worker` };
   }
   if (!ready) return { level: "bad", text: "No engine is ready" };
-  if (status.engines.some((engine) => engine.state === "stalled")) return { level: "warn", text: "Waiting for experts" };
+  if (status.engines.some(({ state }) => state === "stalled")) return { level: "warn", text: "Waiting for experts" };
   if (online < wanted) return { level: "warn", text: `${plural(wanted - online, "replica")} missing` };
   return { level: "good", text: "All serving" };
 }

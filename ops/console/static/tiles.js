@@ -5,13 +5,14 @@ import { html, Component } from "/ops/html.js";
 
 // A sign beside the colour, for those who cannot tell colours apart.
 const SIGNS = {
-  online: "●", ready: "●", serving: "●", joining: "○", starting: "○", adopting: "◑", draining: "◐", stalled: "◐",
-  released: "◐", gone: "✕",
+  online: "●", ready: "●", serving: "●", joining: "○", starting: "○", adopting: "◑", draining: "◐",
+  stalled: "◐", released: "◐", gone: "✕",
 };
 const LEVELS = { online: "good", ready: "good", serving: "warn", draining: "warn", stalled: "warn", gone: "bad" };
 
 function State({ state }) {
-  return html`<span class=${`state ${LEVELS[state] ?? ""}`}><i aria-hidden="true">${SIGNS[state] ?? "○"}</i> ${state}</span>`;
+  return html`<span class=${`state ${LEVELS[state] ?? ""}`}>
+    <i aria-hidden="true">${SIGNS[state] ?? "○"}</i> ${state}</span>`;
 }
 
 // Drawn again only when something that it shows has changed: there may be hundreds.
@@ -27,7 +28,8 @@ export class ReplicaTile extends Component {
   render({ replica, busiest, choose }) {
     const { id, state, role, load } = replica;
     const speed = load.tokens_per_s ?? 0;
-    return html`<button class=${`tile ${LEVELS[state] ?? ""}`} data-worker=${id} data-state=${state} onClick=${() => choose(id)}
+    return html`<button class=${`tile ${LEVELS[state] ?? ""}`} data-worker=${id} data-state=${state}
+      onClick=${() => choose(id)}
       aria-label=${`${role} ${id}, ${state}, ${rate(speed)} tokens per second. Details`}>
       <span class="name">${shortName(id)}${role !== "primary" && html` <em>${role}</em>`}</span>
       <${State} state=${state} />
@@ -81,11 +83,13 @@ export class Details extends Component {
       this.dialog.close();
       ask(asking);
     };
-    return html`<dialog ref=${(each) => (this.dialog = each)} onClose=${close} aria-labelledby="details-title" class="details">
+    return html`<dialog ref=${(each) => (this.dialog = each)} onClose=${close} aria-labelledby="details-title"
+      class="details">
       <h2 id="details-title">${id}</h2>
       ${replica
         ? html`<p><${State} state=${replica.state} /></p>
-          <dl class="facts">${facts.map(([name, value]) => html`<div key=${name}><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>`
+          <dl class="facts">${facts.map(([name, value]) => html`<div key=${name}><dt>${name}</dt><dd>${value}</dd>
+            </div>`)}</dl>`
         : html`<p role="status">It has left.</p>`}
       <footer>
         <button onClick=${() => this.dialog.close()}>Close</button>

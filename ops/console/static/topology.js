@@ -31,7 +31,8 @@ export class TopologyPage extends Component {
             value=${find} onInput=${(event) => this.setState({ find: event.target.value })} />
           <div class="segments" role="group" aria-label="Arrange">
             ${["shard", "node"].map((each) => html`
-              <button key=${each} aria-pressed=${by === each} onClick=${() => this.setState({ by: each })}>By ${each}</button>`)}
+              <button key=${each} aria-pressed=${by === each}
+                onClick=${() => this.setState({ by: each })}>By ${each}</button>`)}
           </div>
           <${ActionButtons} can=${can} ask=${ask} target=${{ kind: "cluster" }} />
         </div>
@@ -52,7 +53,7 @@ export class TopologyPage extends Component {
 // A function that says whether a replica is meant by what was typed.
 function filtered(nodes, text) {
   const names = Object.fromEntries(nodes.map((node) => [node.id, node.name.toLowerCase()]));
-  return (replica) => !text || [replica.id, replica.state, replica.role, names[replica.node] ?? ""].some((each) => each.includes(text));
+  return ({ id, state, role, node }) => [id, state, role, names[node] ?? ""].some((each) => each.includes(text));
 }
 
 function Figures({ view }) {
@@ -63,11 +64,15 @@ function Figures({ view }) {
   return html`<dl class="figures">
     <${Figure} id="online" name="Workers online" value=${number(online)} of=${`of ${number(wanted)}`}
       level=${online < wanted ? "warn" : "good"} values=${over("workers")} />
-    <${Figure} name="Engines ready" value=${number(ready)} of=${`of ${number(engines)}`} level=${ready ? "good" : "bad"} />
-    <${Figure} name="Requests in flight" value=${number(last.running)} of=${`${number(last.waiting)} waiting`} values=${over("running")} />
+    <${Figure} name="Engines ready" value=${number(ready)} of=${`of ${number(engines)}`}
+      level=${ready ? "good" : "bad"} />
+    <${Figure} name="Requests in flight" value=${number(last.running)} of=${`${number(last.waiting)} waiting`}
+      values=${over("running")} />
     <${Figure} name="Tokens per second" value=${rate(last.generated_per_s)} values=${over("generated_per_s")} />
-    <${Figure} name="First token" of="median" value=${seconds(last.first_token_p50_s)} values=${over("first_token_p50_s")} />
-    <${Figure} name="Between tokens" of="median" value=${seconds(last.inter_token_p50_s)} values=${over("inter_token_p50_s")} />
+    <${Figure} name="First token" of="median" value=${seconds(last.first_token_p50_s)}
+      values=${over("first_token_p50_s")} />
+    <${Figure} name="Between tokens" of="median" value=${seconds(last.inter_token_p50_s)}
+      values=${over("inter_token_p50_s")} />
   </dl>`;
 }
 
@@ -87,7 +92,8 @@ function Shards({ status, found, can, ask, choose }) {
       const pending = stagesOfMissing(status, shard, online);
       const level = online === 0 ? "bad" : online < shard.wanted ? "warn" : "good";
       return (replicas.length > 0 || found({ id: "", state: "", role: "", node: "" })) && html`
-        <article key=${shard.id} class=${`card shard ${level}`} aria-label=${`Shard ${shard.id}`} data-shard=${shard.id}>
+        <article key=${shard.id} class=${`card shard ${level}`} aria-label=${`Shard ${shard.id}`}
+          data-shard=${shard.id}>
           <header>
             <h3>Shard ${shard.id}</h3>
             <span class="meter" aria-label=${`${online} of ${shard.wanted} replicas online`}>
@@ -126,14 +132,16 @@ function Nodes({ nodes, status, found, choose }) {
     ${nodes.map((node) => {
       const here = replicas.filter((replica) => replica.node === node.id);
       const engines = status.engines.filter((engine) => engine.node === node.id);
-      const devices = [...new Set(here.map((replica) => replica.load.device ?? "unknown device"))].sort();
-      return html`<article key=${node.id} class=${`card shard ${node.alive ? "good" : "bad"}`} aria-label=${`Node ${node.name}`}>
+      const deviceOf = (replica) => replica.load.device ?? "unknown device";
+      const devices = [...new Set(here.map(deviceOf))].sort();
+      return html`<article key=${node.id} class=${`card shard ${node.alive ? "good" : "bad"}`}
+        aria-label=${`Node ${node.name}`}>
         <header><h3>${node.name}</h3><span class="meter">${node.alive ? "alive" : "lost"}</span></header>
         <p class="sub">${node.address} · ${plural(node.cpus, "core")} · ${plural(node.gpus, "GPU")} ·
           ${plural(here.length, "worker")} · ${plural(engines.length, "engine")}</p>
         ${devices.map((device) => html`<div key=${device}>
           <h4>${device}</h4>
-          <div class="tiles">${here.filter((replica) => (replica.load.device ?? "unknown device") === device).map((replica) => html`
+          <div class="tiles">${here.filter((replica) => deviceOf(replica) === device).map((replica) => html`
             <${ReplicaTile} key=${replica.id} replica=${replica} busiest=${busiest} choose=${choose} />`)}</div>
         </div>`)}
       </article>`;
