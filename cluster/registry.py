@@ -71,7 +71,7 @@ class Spare:
 
 @dataclass
 class Engine:
-    """`fault` is what its integrity check number `checked` has found, empty for nothing."""
+    """`fault` is what its integrity check number `checked` has found, empty for nothing; `load` is how busy it is."""
 
     pid: int
     node: str
@@ -80,6 +80,7 @@ class Engine:
     heard_s: float
     checked: int = 0
     fault: str = ""
+    load: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -292,7 +293,9 @@ class Registry:
 
     # -- engines --------------------------------------------------------------------------------------------------
 
-    def engine_heartbeat(self, engine_id: str, pid: int, node: str, state: str, now_s: float) -> int:
+    def engine_heartbeat(
+        self, engine_id: str, pid: int, node: str, state: str, now_s: float, load: Mapping[str, Any] | None = None
+    ) -> int:
         """An engine lives; `state` is starting, ready or stalled. Returns the number of the newest integrity check."""
         engine = self._engines.get(engine_id)
         if engine is None:
@@ -300,7 +303,7 @@ class Registry:
         if state != engine.state:
             kind = {"stalled": "stall_began", "ready": "engine_ready"}.get(state, "engine_started")
             self.note("stall_ended" if engine.state == "stalled" else kind, engine_id, f"pid {pid}: {state}", now_s)
-        engine.state, engine.heard_s = state, now_s
+        engine.state, engine.heard_s, engine.load = state, now_s, load or {}
         return self._num_checks
 
     @property
@@ -361,7 +364,14 @@ class Registry:
                 for name, spare in sorted(self._spares.items())
             ],
             "engines": [
-                {"id": name, "pid": e.pid, "node": e.node, "state": e.state, "age_s": now_s - e.since_s}
+                {
+                    "id": name,
+                    "pid": e.pid,
+                    "node": e.node,
+                    "state": e.state,
+                    "load": dict(e.load),
+                    "age_s": now_s - e.since_s,
+                }
                 for name, e in sorted(self._engines.items())
             ],
             "missing_shards": list(self.missing_shards),
@@ -374,6 +384,7 @@ class Registry:
         return {
             "id": shard_id,
             "layers": [shard.first_layer, shard.end_layer],
+            "experts": list(shard.experts),
             "num_experts": len(shard.experts),
             "wanted": self._wanted[shard_id],
             "replicas": [self._replica_status(replica, now_s) for replica in replicas],

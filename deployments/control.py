@@ -48,6 +48,27 @@ class Control:
         del status["table"]
         return status
 
+    def expert_load(self) -> list[list[int]]:
+        """Tokens that each expert has computed: [layer][expert], growing until the router restarts."""
+        return list(self._router("expert_load"))
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """The machines: {"id", "name", "address", "alive", "cpus", "gpus", "memory_bytes"}."""
+        import ray
+
+        return [
+            {
+                "id": node["NodeID"],
+                "name": node["NodeManagerHostname"],
+                "address": node["NodeManagerAddress"],
+                "alive": node["Alive"],
+                "cpus": node["Resources"].get("CPU", 0.0),
+                "gpus": node["Resources"].get("GPU", 0.0),
+                "memory_bytes": node["Resources"].get("memory", 0.0),
+            }
+            for node in ray.nodes()
+        ]
+
     def drain(self, worker: str, *, replace: bool = False, say: Say = _silent) -> None:
         """Take a worker out: it finishes what it took, takes nothing new and leaves.
 

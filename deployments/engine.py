@@ -28,6 +28,7 @@ from cluster.routing import RoutingTable
 from deployments import shared_memory, vllm_app
 from deployments.attribution import Attributed
 from deployments.cores import allowed_cores, engine_cores
+from deployments.engine_load import engine_load
 from deployments.environment import apply_defaults, engine_environment, feed_environment
 from deployments.http_guard import OpenAIErrors
 from deployments.key_guard import Authorised, Gate
@@ -90,7 +91,7 @@ class TableLink:
             state = "stalled" if self._shortage.is_on else self.state
             # Ray raises many kinds while the router restarts; the next beat tells it.
             with contextlib.suppress(Exception):
-                number = await self._router.engine_heartbeat.remote(self._engine_id, pid, node, state)
+                number = await self._router.engine_heartbeat.remote(self._engine_id, pid, node, state, engine_load())
                 if number != self._checked and self.find_fault is not None:
                     await self._router.engine_checked.remote(self._engine_id, number, await self.find_fault())
                     self._checked = number

@@ -17,6 +17,7 @@ from ray.experimental import internal_kv
 
 from cluster.blame import Cause
 from cluster.config import parse_settings
+from cluster.expert_load import ExpertLoad
 from cluster.placement import partition
 from cluster.registry import Registry, SpareState
 from cluster.rotation import SECRET_BYTES, Rotation, Secrets
@@ -43,6 +44,7 @@ class ExpertRouter:
         table = RoutingTable(epoch, model_fingerprint, num_layers, num_experts, shards, ())
         wanted = {shard.shard_id: settings.replicas for shard in shards} | _wanted_before(model_fingerprint)
         self._registry = Registry(table, settings.worker_lost_after_s, wanted, time.monotonic(), time.time())
+        self._experts = ExpertLoad(num_layers, num_experts)
         self._changed = asyncio.Condition()
         self._rotation = Rotation(_shared_secrets())
         # Until then a restarted router does not know all who live, and must not take them for ready.
@@ -84,9 +86,17 @@ class ExpertRouter:
         self._registry.register(replica, model_fingerprint, memory_bytes, time.monotonic())
         await self._notify()
 
-    async def heartbeat(self, replica_id: str, load: dict[str, Any] | None = None) -> str:
-        """The value of a registry.Answer: ok, register (again), or leave."""
-        return self._registry.heartbeat(replica_id, load or {}, time.monotonic()).value
+    async def heartbeat(
+        self, replica_id: str, load: dict[str, Any] | None = None, expert_tokens: list[list[int]] | None = None
+    ) -> str:
+        """The value of a registry.Answer: ok, register (again), or leave. `expert_tokens`: see ExpertLoad.report."""
+        answer = self._registry.heartbeat(replica_id, load or {}, time.monotonic())
+        table = self._registry.table
+        held = {r.shard_id for r in table.replicas if r.replica_id == replica_id}
+        for shard in table.shards:
+            if shard.shard_id in held and expert_tokens is not None:
+                self._experts.report(replica_id, shard, expert_tokens)
+        return answer.value
 
     async def drain(self, replica_id: str) -> None:
         """The worker is about to leave, or somebody wants it to take nothing new."""
@@ -144,9 +154,11 @@ class ExpertRouter:
     def _news(self, known_epoch: int) -> RoutingTable | None:
         return self._registry.news_for(known_epoch, time.monotonic())
 
-    async def engine_heartbeat(self, engine_id: str, pid: int, node: str, state: str) -> int:
+    async def engine_heartbeat(
+        self, engine_id: str, pid: int, node: str, state: str, load: dict[str, Any] | None = None
+    ) -> int:
         """An engine lives; `state` is starting, ready or stalled. Returns the newest integrity check's number."""
-        return self._registry.engine_heartbeat(engine_id, pid, node, state, time.monotonic())
+        return self._registry.engine_heartbeat(engine_id, pid, node, state, time.monotonic(), load)
 
     async def engine_checked(self, engine_id: str, number: int, fault: str) -> None:
         """An engine has done that integrity check; `fault` is empty when all is well."""
@@ -181,6 +193,11 @@ class ExpertRouter:
         """What check `number` has found, worker by worker and engine by engine; None while some are not done."""
         return self._registry.integrity(number)
 
+    async def expert_load(self) -> list[list[int]]:
+        """Tokens that each expert has computed since this router started: [layer][expert]."""
+        tokens: list[list[int]] = self._experts.total_LE.tolist()
+        return tokens
+
     async def note(self, kind: str, subject: str, text: str) -> None:
         """Add an event."""
         self._registry.note(kind, subject, text, time.monotonic())
@@ -208,6 +225,7 @@ class ExpertRouter:
         while True:
             await asyncio.sleep(_TICK_S)
             self._registry.tick(time.monotonic())
+            self._experts.forget_all_but(replica.replica_id for replica in self._registry.table.replicas)
             if time.monotonic() > self._may_rotate_s and self._rotation.advance(*self._members()):
                 await self._secrets_changed()
             await self._notify()

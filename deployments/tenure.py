@@ -109,14 +109,15 @@ class Tenure:
                 logger.error("worker process %d is silent for %g s: killing it", self._replica.pid, self._hung_after_s)
                 self._process.kill()
                 return
-            if await self._beat(load) == "leave":
+            expert_tokens = load.pop("expert_tokens")
+            if await self._beat(load, expert_tokens) == "leave":
                 await self.end()
                 self._on_end("told to leave")
                 return
 
-    async def _beat(self, load: dict[str, Any]) -> str:
+    async def _beat(self, load: dict[str, Any], expert_tokens: list[list[int]]) -> str:
         try:
-            answer: str = await self._router.heartbeat.remote(self._replica.replica_id, load)
+            answer: str = await self._router.heartbeat.remote(self._replica.replica_id, load, expert_tokens)
             if answer == "register":
                 await self._register()
         except SwitchyardError:

@@ -12,7 +12,8 @@ Its parent speaks JSON lines. On stdin, first the order (see Order), then comman
             {"warm": {}}             the spare may be given an order
             {"ready": {"endpoint": {..}, "fingerprint", "memory_bytes"}}
             {"failed": text}         loading failed; the process exits
-            answers, in order: {"stats": {..}} {"load": {"tokens", "messages", "waiting", "fault": empty if sound}}
+            answers, in order: {"stats": {..}} {"load": {"tokens", "messages", "waiting", "device": text,
+            "fault": empty if sound, "expert_tokens": [layer][local expert]}}
             {"drained": bool}, false if something taken was not answered in time
             {"secrets": {}}          from now on engines prove one of those
 End of stdin means that the parent is gone or wants it to stop: the worker answers what it has taken and exits.
@@ -51,13 +52,14 @@ def main() -> int:
         if order is None:
             return 0
         server, ready = _load(order, lambda stage: report(stage=stage))
+        device = _device(order["num_threads"])
     # The top of this process: whatever stopped the loading is for the parent to tell, the traceback for the log.
     except Exception as error:
         traceback.print_exc()
         report(failed=str(error) if isinstance(error, SwitchyardError) else f"{type(error).__name__}: {error}")
         return 1
     report(ready=ready)
-    threading.Thread(target=_obey, args=(server, report), daemon=True).start()
+    threading.Thread(target=_obey, args=(server, device, report), daemon=True).start()
     server.serve_forever()
     return 0
 
@@ -151,14 +153,22 @@ def _load(order: dict[str, Any], progress) -> tuple[Any, dict[str, Any]]:
     return server, ready
 
 
-def _obey(server: Any, report) -> None:
+def _device(num_threads: int) -> str:
+    """What computes, for people."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {num_threads} threads"
+
+
+def _obey(server: Any, device: str, report) -> None:
     for line in sys.stdin:
         order = json.loads(line)
         command = order["command"]
         if command == "stats":
             report(stats=server.stats())
         elif command == "load":
-            report(load={**server.load(), "fault": _fault(server)})
+            expert_tokens = server.stats()["expert_tokens"]
+            report(load={**server.load(), "device": device, "fault": _fault(server), "expert_tokens": expert_tokens})
         elif command == "drain":
             server.drain()
             report(drained=server.wait_drained(_DRAIN_LIMIT_S))

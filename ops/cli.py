@@ -9,7 +9,7 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, SwitchyardError
 
 # name -> (module, one line for --help)
 COMMANDS = {
@@ -24,14 +24,18 @@ COMMANDS = {
     "restart": ("ops.restart", "replace workers one after the other"),
     "rotate-secret": ("ops.rotate_secret", "change the secret that engines and workers prove to each other"),
     "keys": ("ops.keys", "make, list, replace and revoke API keys"),
+    "top": ("ops.top", "watch a running cluster, as htop does a machine"),
+    "console": ("ops.console.command", "print a link that opens the web console"),
     "doctor": ("ops.doctor", "check installation, machine and running clusters, and say what to do"),
     "convert": ("ops.convert", "turn Grok-1 as released into a folder that can be served"),
     "models": ("ops.models", "list the known models with their shapes and the memory they take"),
     "license": ("ops.license", "print the licence terms that apply to a model"),
     "bench": ("ops.bench", "measure against colocated vLLM, and make benchmark checkpoints"),
+    "completion": ("ops.completion", "print a script that completes commands in bash, zsh or fish"),
     "version": ("ops.version", "print the versions of Switchyard and what it stands on"),
 }
 
+FAILED = 1
 USAGE_ERROR = 2
 
 
@@ -45,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"switchyard: {error}", file=sys.stderr)
         return USAGE_ERROR
+    except SwitchyardError as error:
+        print(f"switchyard: {error}", file=sys.stderr)
+        return FAILED
 
 
 def _parser(chosen: str | None) -> argparse.ArgumentParser:
@@ -71,6 +78,14 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     return parser
+
+
+def options_of(name: str) -> list[str]:
+    """Every option of a subcommand, in the order of its --help."""
+    module = importlib.import_module(COMMANDS[name][0])
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    return [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
 
 
 if __name__ == "__main__":

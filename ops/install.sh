@@ -45,6 +45,14 @@ fingerprint() {
     } | sha256sum | cut -d' ' -f1
 }
 
+# The console is tested in a real browser. Without the rights to install one, its tests say what to install.
+install_chromium() {
+    if command -v chromium >/dev/null || [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then return; fi
+    echo "installing chromium, in which the console is tested"
+    { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium; } >/dev/null 2>&1 ||
+        echo "chromium could not be installed; the console's tests will fail"
+}
+
 make_venv() {
     if ! "$1" -m venv --help >/dev/null 2>&1 || ! "$1" -c 'import ensurepip' 2>/dev/null; then
         fail "this Python cannot make virtual environments: its venv module is missing. Install it (on Debian and Ubuntu: apt install python3-venv)."
@@ -83,6 +91,7 @@ install_torch_cpu() {
 
 case $kind in cpu | gpu) ;; *) fail "usage: ops/install.sh cpu|gpu [test]" ;; esac
 check_machine
+[ -z "$tests" ] || install_chromium
 python=$(find_python)
 stamp=$venv/.installed-$kind${tests:+-test}
 wanted=$(fingerprint "$python")

@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allow-anonymous", action="store_true", help="ask for no keys even where other machines can reach HTTP"
     )
     parser.add_argument(
-        "--ops-port", type=int, default=0, help="port of the ops API, this machine only (default: any that is free)"
+        "--ops-port", type=int, default=0, help="port of the console and the ops API, this machine only (default: any)"
     )
 
 
@@ -147,8 +147,8 @@ def _serve(
         startup = Startup(config, plan, say)
         startup.deploy()
         if startup.wait_until_ready(stop):
-            with operable(config, plan, ops_port, ray.logs):
-                say(ready_message(config, plan, ray.logs))
+            with operable(config, plan, ops_port, ray.logs) as console:
+                say(ready_message(config, plan, ray.logs, console))
                 startup.watch(stop)
         say("stopping")
     except ConfigError:
@@ -166,21 +166,23 @@ def _serve(
 
 
 @contextlib.contextmanager
-def operable(config: ServeConfig, plan: Any, ops_port: int, logs: Path) -> Iterator[None]:
-    """Meanwhile `switchyard status` and its like find this cluster and can ask it for things."""
+def operable(config: ServeConfig, plan: Any, ops_port: int, logs: Path) -> Iterator[str | None]:
+    """Meanwhile `switchyard status` and its like find this cluster and can ask it for things; gives a console link."""
     if plan.spec is None:  # no experts, nothing to operate
-        yield
+        yield None
         return
     from deployments.control import Control
+    from ops.about import about
     from ops.api_server import ApiServer
     from ops.runs import announced, this_process
 
     token = secrets.token_hex(32)
-    server = ApiServer(Control(config.app_name), token, "127.0.0.1", ops_port, logs / "switchyard-audit.log")
-    run = this_process(model=plan.settings.name, http=base_url(config), ops=server.address, token=token, logs=str(logs))
+    url, audit_log = base_url(config), logs / "switchyard-audit.log"
+    server = ApiServer(Control(config.app_name), token, "127.0.0.1", ops_port, audit_log, about(plan, url))
+    run = this_process(model=plan.settings.name, http=url, ops=server.address, token=token, logs=str(logs))
     try:
         with announced(run):
-            yield
+            yield server.console_link()
     finally:
         server.close()
 
@@ -217,16 +219,17 @@ def describe(plan: Any) -> str:
     )
 
 
-def ready_message(config: ServeConfig, plan: Any, logs: Path) -> str:
-    """URL, a line to try, where the logs are."""
+def ready_message(config: ServeConfig, plan: Any, logs: Path, console: str | None) -> str:
+    """URL, a line to try, where the console and the logs are."""
     url = base_url(config)
     body = {"model": plan.settings.name, "prompt": example_prompt(plan), "max_tokens": 40}
     key = " -H 'Authorization: Bearer KEY'" if plan.settings.api_keys else ""
     headers = f"-H 'Content-Type: application/json'{key}"
+    console_line = f"  console: {console}\n" if console else ""
     return (
         f"ready: {url}/v1 serves {plan.settings.name}\n\n"
         f"  curl {url}/v1/completions {headers} \\\n    -d '{json.dumps(body)}'\n\n"
-        f"  logs: {logs}\n  `switchyard status` shows the workers. Ctrl-C stops everything.\n"
+        f"{console_line}  logs: {logs}\n  `switchyard status` shows the workers. Ctrl-C stops everything.\n"
     )
 
 
