@@ -90,6 +90,8 @@ class Settings:
     """Seconds that engines and workers may take to become ready."""
     worker_lost_after_s: float = _number(5.0, above=0)
     """Seconds without a heartbeat after which the router takes a worker for gone (it sends one every second)."""
+    metrics: bool = True
+    """Count and time layer calls, requests and energy, and serve the whole cluster's metrics at /metrics."""
     engine: EngineSettings = field(default_factory=EngineSettings)
     worker: WorkerSettings = field(default_factory=WorkerSettings)
 

@@ -7,7 +7,7 @@ routing table itself is Membership's.
 from __future__ import annotations
 
 import enum
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from cluster.blame import Cause
 from cluster.errors import ConfigError
 from cluster.membership import Membership
+from cluster.outages import Outages
 from cluster.routing import Replica, ReplicaState, Role, RoutingTable
 
 MAX_EVENTS = 1000
@@ -111,6 +112,8 @@ class Registry:
         self._engines: dict[str, Engine] = {}
         self._accusations: deque[tuple[float, str, str, Cause]] = deque(maxlen=10_000)
         self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
+        self.event_counts: Counter[str] = Counter()  # by kind, since the start
+        self.outages = Outages()
         self._served: set[int] = set()  # shards that had a worker once
         self._missing: set[int] = set()  # of those, the ones that have none now
         self._was_complete = False
@@ -165,7 +168,7 @@ class Registry:
 
     def drain(self, replica_id: str, now_s: float) -> None:
         """The worker takes nothing new and is about to leave."""
-        replica = self._replica(replica_id)
+        replica = self.replica(replica_id)
         if replica is not None and replica.state is ReplicaState.ONLINE:
             self._membership.drain(replica_id)
             self.note("worker_draining", replica_id, f"shard {replica.shard_id}", now_s)
@@ -173,14 +176,14 @@ class Registry:
 
     def retire(self, replica_id: str, now_s: float) -> None:
         """Have a worker drain and end. Raises ConfigError for one that is not in the table."""
-        if self._replica(replica_id) is None:
+        if self.replica(replica_id) is None:
             raise ConfigError(f"there is no worker {replica_id}; `switchyard status` lists them")
         self.drain(replica_id, now_s)
         self._workers[replica_id].shall_leave = True
 
     def leave(self, replica_id: str, why: str, now_s: float) -> None:
         """A worker has ended, in order or not. Unknown ids are no error."""
-        replica = self._replica(replica_id)
+        replica = self.replica(replica_id)
         if replica is None:
             return
         self._membership.leave(replica_id)
@@ -209,7 +212,7 @@ class Registry:
 
     def accused(self, engine_id: str, replica_id: str, cause: Cause, now_s: float) -> None:
         """An engine accuses a replica. Condemned, it has to leave; Serve starts another in its place."""
-        replica = self._replica(replica_id)
+        replica = self.replica(replica_id)
         if replica is None:
             return
         self.note("worker_suspected", replica_id, f"{cause.value}, says {engine_id}", now_s)
@@ -330,6 +333,7 @@ class Registry:
 
     def note(self, kind: str, subject: str, text: str, now_s: float) -> None:
         """Add an event."""
+        self.event_counts[kind] += 1
         self._events.append(Event(now_s + self._wall_offset_s, kind, subject, text))
 
     def scale(self, shard_id: int, replicas: int, now_s: float) -> None:
@@ -341,6 +345,15 @@ class Registry:
         if self._wanted[shard_id] != replicas:
             self.note("scaled", f"shard {shard_id}", f"{self._wanted[shard_id]} -> {replicas} replicas", now_s)
             self._wanted[shard_id] = replicas
+
+    @property
+    def engine_ids(self) -> tuple[str, ...]:
+        return tuple(self._engines)
+
+    @property
+    def started_engines(self) -> tuple[str, ...]:
+        """Those that have loaded everything and answer scrapes."""
+        return tuple(name for name, engine in self._engines.items() if engine.state != "starting")
 
     @property
     def wanted(self) -> Mapping[int, int]:
@@ -389,7 +402,7 @@ class Registry:
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
-    def _replica(self, replica_id: str) -> Replica | None:
+    def replica(self, replica_id: str) -> Replica | None:
         return next((r for r in self.table.replicas if r.replica_id == replica_id), None)
 
     def _review(self, now_s: float) -> None:
@@ -399,8 +412,10 @@ class Registry:
         missing &= self._served
         for shard_id in sorted(missing - self._missing):
             self.note("shard_missing", f"shard {shard_id}", "no worker is left; calls wait for one", now_s)
+            self.outages.begin(shard_id, now_s)
         for shard_id in sorted(self._missing - missing):
             self.note("shard_back", f"shard {shard_id}", "served again", now_s)
+            self.outages.end(shard_id, now_s)
         self._missing = missing
         self._was_complete = self._was_complete or not self.missing_shards
         self._assign_spares(now_s)

@@ -47,6 +47,7 @@ def feed_environment(settings: Settings, feed_address: str, secret_file: Path, e
         "SWITCHYARD_FEED": feed_address,
         "SWITCHYARD_SECRET_FILE": str(secret_file),
         "SWITCHYARD_ENGINE_ID": engine_id,
+        "SWITCHYARD_METRICS": str(int(settings.metrics)),
         "SWITCHYARD_EXPERT_TIMEOUT_S": str(settings.expert_timeout_s),
         # The engine waits for its workers at its first layer call; those of a large checkpoint take long to load it.
         "SWITCHYARD_START_TIMEOUT_S": str(settings.start_timeout_s),

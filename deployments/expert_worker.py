@@ -10,13 +10,16 @@ import os
 import uuid
 from typing import Any
 
+import psutil
 import ray
 from ray.serve.handle import DeploymentHandle
 
 from cluster.config import Settings, parse_settings
+from cluster.energy import EnergyMeter
 from cluster.placement import partition
 from cluster.routing import Endpoint, Replica, ReplicaState, Role, Shard
 from deployments.cores import allowed_cores, worker_cores
+from deployments.energy import meter_of
 from deployments.tenure import Tenure
 from deployments.worker_process import WorkerProcess, kernel_environment
 
@@ -46,7 +49,8 @@ class ExpertWorker:
             await self._process.start(environment)
             ready = await self._process.load(settings, shard_of(settings, shard_id), len(cores), secret)
             replica = _replica(self._replica_id, shard_id, role, self._process.pid, ready)
-            self._tenure = Tenure(router, self._process, replica, ready, settings.worker_lost_after_s, _end)
+            energy = _energy_meter(settings, self._process.pid)
+            self._tenure = Tenure(router, self._process, replica, ready, settings.worker_lost_after_s, _end, energy)
             await self._tenure.begin()
         except BaseException:
             await self._process.stop()
@@ -134,7 +138,8 @@ class WarmSpare:
         secret = await self._router.secret.remote()
         ready = await self._process.load(settings, shard_of(settings, shard_id), num_threads, secret)
         replica = _replica(self._replica_id, shard_id, Role.SPARE, self._process.pid, ready)
-        self._tenure = Tenure(self._router, self._process, replica, ready, settings.worker_lost_after_s, _end)
+        energy = _energy_meter(settings, self._process.pid)
+        self._tenure = Tenure(self._router, self._process, replica, ready, settings.worker_lost_after_s, _end, energy)
         await self._tenure.begin()
 
     async def _become_spare_again(self, tenure: Tenure) -> None:
@@ -164,6 +169,11 @@ def _end(why: str) -> None:
 def _node() -> str:
     node: str = ray.get_runtime_context().get_node_id()
     return node
+
+
+def _energy_meter(settings: Settings, pid: int) -> EnergyMeter | None:
+    """None when metrics are off."""
+    return meter_of([psutil.Process(), psutil.Process(pid)], settings.worker.num_gpus) if settings.metrics else None
 
 
 def _replica(replica_id: str, shard_id: int, role: Role, pid: int, ready: dict[str, Any]) -> Replica:

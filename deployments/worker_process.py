@@ -15,7 +15,7 @@ from cluster.errors import ConnectionLost, SwitchyardError
 from cluster.routing import Shard
 
 _STOP_LIMIT_S = 5.0
-_ANSWERS = {"stats": "stats", "load": "load", "drain": "drained"}
+_ANSWERS = {"stats": "stats", "load": "load", "metrics": "metrics", "drain": "drained"}
 
 
 class WorkerFailed(SwitchyardError):

@@ -7,13 +7,13 @@ Its parent speaks JSON lines. On stdin, first the order (see Order), then comman
     stdin   {"model", "dtype", "shard": {..}, "secret": hex, "num_threads", "max_tokens", "tcp_host",
              "fault_injection"}
             or first {"warm": {"model", "dtype"}}, for a spare: have everything imported, and wait for the order
-            {"command": "stats" | "load" | "drain"}
+            {"command": "stats" | "load" | "metrics" | "drain"}
     stdout  {"stage": text}          while loading
             {"warm": {}}             the spare may be given an order
             {"ready": {"endpoint": {..}, "fingerprint", "memory_bytes"}}
             {"failed": text}         loading failed; the process exits
             answers, in order: {"stats": {..}} {"load": {"tokens", "messages", "waiting", "fault": empty if sound}}
-            {"drained": bool}, false if something taken was not answered in time
+            {"metrics": {..}} (cluster/measures.py) {"drained": bool}, false if something taken was not answered in time
 End of stdin means that the parent is gone or wants it to stop: the worker answers what it has taken and exits.
 The secret comes by stdin so that it is in no environment, command line or file.
 """
@@ -153,6 +153,8 @@ def _obey(server: Any, report) -> None:
             report(stats=server.stats())
         elif command == "load":
             report(load={**server.load(), "fault": _fault(server)})
+        elif command == "metrics":
+            report(metrics=server.metrics())
         elif command == "drain":
             server.drain()
             report(drained=server.wait_drained(_DRAIN_LIMIT_S))
