@@ -43,7 +43,7 @@ class EngineSettings:
     enforce_eager: bool = False
     """Skip torch.compile: starts sooner, runs slower."""
     log_prompts: bool = False
-    """Write prompts and answers to the engine's log. Off, because they belong to the users."""
+    """Write prompts and answers to the engine's log, and let it leave core files. Off: they belong to the users."""
     vllm: Mapping[str, Any] = field(default_factory=dict)
     """More arguments of vLLM's engine by their Python names, for example {seed: 1, quantization: fp8}."""
 

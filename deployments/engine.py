@@ -32,7 +32,7 @@ from deployments.engine_metrics import EngineMetrics
 from deployments.environment import apply_defaults, engine_environment, feed_environment
 from deployments.http_guard import OpenAIErrors
 from deployments.models import attribution_of
-from deployments.privacy import Private
+from deployments.privacy import Private, forbid_core_dumps
 from deployments.prometheus import ClusterMetrics
 from deployments.shortage import EndInShortage, Shortage
 
@@ -128,6 +128,8 @@ class EngineReplica:
         self, args: dict[str, Any], router: DeploymentHandle | None, workers: list[DeploymentHandle]
     ) -> None:
         settings = parse_settings(args)
+        if not settings.engine.log_prompts:
+            forbid_core_dumps()
         self._engine: Any = None
         self._shared_memory: frozenset[str] = frozenset()
         self._link: TableLink | None = None

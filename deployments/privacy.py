@@ -1,12 +1,19 @@
-"""ASGI middleware for answers that are their reader's alone: no cache keeps them, no search engine lists them."""
+"""Prompts and answers are their authors' alone: no cache or search engine keeps them, and no core file."""
+
+import resource
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 HEADERS = ((b"cache-control", b"no-store"), (b"x-robots-tag", b"noindex"))
 
 
+def forbid_core_dumps() -> None:
+    """This process and those that it will start leave no core file, in which prompts would be found."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
 class Private:
-    """Adds HEADERS to every response of `app`, in place of its own."""
+    """ASGI middleware. Adds HEADERS to every response of `app`, in place of its own."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

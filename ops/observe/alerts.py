@@ -215,8 +215,8 @@ ALERTS: tuple[Alert, ...] = (
         "A failover took more than 5 s.",
         "Requests in flight paused for that long; none of them failed.",
         (
-            "`switchyard events` shows what was lost. With a second replica a failover takes milliseconds, with a spare "
-            "a fraction of a second, else the time that a worker takes to load.",
+            "`switchyard events` shows what was lost. With a second replica a failover takes milliseconds, with a "
+            "spare a fraction of a second, else the time that a worker takes to load.",
         ),
     ),
     Alert(
