@@ -221,6 +221,21 @@ class Outbox:
             return self.attempt_ns
         return min(max(_PATIENCE * expected_ns, self.least_patience_ns), self.attempt_ns)
 
+    def count_sent(self, begin_ns: int, filled_ns: int, now_ns: int) -> None:
+        """A call that began at `begin_ns` has all its parts in slots since `filled_ns`, and all workers rung now."""
+        self.counters.gather_ns += filled_ns - begin_ns
+        self.counters.send_ns += now_ns - filled_ns
+        self.timings.dispatch.note(now_ns - begin_ns)
+
+    def count_finished(self, call: Call, begin_ns: int, waited_ns: int, now_ns: int) -> None:
+        """A call that was waited for from `begin_ns` to `waited_ns` is combined now."""
+        self.counters.wait_ns += waited_ns - begin_ns
+        self.counters.combine_ns += now_ns - waited_ns
+        self.timings.wait.note(waited_ns - begin_ns)
+        self.timings.combine.note(now_ns - waited_ns)
+        if call.trouble_ns:
+            self.timings.stall.note(now_ns - call.trouble_ns)
+
     def metrics(self, shape: wire.Agreement) -> dict[str, Any]:
         """Counters, {"seconds": timings}, and bytes on the wire without padding, as plain JSON types."""
         c = self.counters

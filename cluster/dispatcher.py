@@ -87,7 +87,6 @@ class Dispatcher:
         self._last_ticket = 0
         self._closed = False
         self.counters = self._outbox.counters
-        self._timings = self._outbox.timings
 
     # -- the interface --------------------------------------------------------------------------------------------
 
@@ -262,7 +261,7 @@ class Dispatcher:
         filled_ns = _now_ns()
         self._outbox.post(part, link, slot, filled_ns, self._outbox.budget_us)
         _ring(link, bells)
-        self._count_sent(begin_ns, filled_ns)
+        self._outbox.count_sent(begin_ns, filled_ns, _now_ns())
 
     def _send_split(
         self,
@@ -310,13 +309,7 @@ class Dispatcher:
             self._outbox.post(part, link, slot, filled_ns, self._outbox.budget_us)
         for _, link, _ in filled:
             _ring(link, bells)
-        self._count_sent(begin_ns, filled_ns)
-
-    def _count_sent(self, begin_ns: int, filled_ns: int) -> None:
-        now_ns = _now_ns()
-        self.counters.gather_ns += filled_ns - begin_ns
-        self.counters.send_ns += now_ns - filled_ns
-        self._timings.dispatch.note(now_ns - begin_ns)
+        self._outbox.count_sent(begin_ns, filled_ns, _now_ns())
 
     # -- finish ---------------------------------------------------------------------------------------------------
 
@@ -327,7 +320,6 @@ class Dispatcher:
             raise InvalidCall(f"out is on {out_TD.device}, x was not")
 
     def _finish(self, call: Call, out_TD: torch.Tensor) -> None:
-        counters = self.counters
         begin_ns = _now_ns()
         target = out_TD if call.on_host or self._staging is None else self._staging.output(call.num_tokens)
         if not target.is_contiguous():
@@ -345,14 +337,7 @@ class Dispatcher:
             if self._staging is not None and not call.on_host:
                 self._staging.output_used()
         call.parts.clear()  # they refer to each other: do not leave them to the garbage collector's pauses
-        now_ns = _now_ns()
-        counters.wait_ns += waited_ns - begin_ns
-        counters.combine_ns += now_ns - waited_ns
-        timings = self._timings
-        timings.wait.note(waited_ns - begin_ns)
-        timings.combine.note(now_ns - waited_ns)
-        if call.trouble_ns:
-            timings.stall.note(now_ns - call.trouble_ns)
+        self._outbox.count_finished(call, begin_ns, waited_ns, _now_ns())
 
     def _wait(self, call: Call, out_TD: torch.Tensor) -> None:
         """Until every part is answered. What can be combined meanwhile, is."""

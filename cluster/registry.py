@@ -7,18 +7,18 @@ routing table itself is Membership's.
 from __future__ import annotations
 
 import enum
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cluster.blame import Cause
 from cluster.errors import ConfigError
+from cluster.events import EventLog
 from cluster.membership import Membership
 from cluster.outages import Outages
 from cluster.routing import Replica, ReplicaState, Role, RoutingTable
 
-MAX_EVENTS = 1000
 # A spare stays until a primary of its shard has been there for so long: not to leave with the next crash.
 _RELEASE_AFTER_S = 2.0
 _ACCUSATIONS_KEPT_S = 60.0
@@ -83,19 +83,6 @@ class Engine:
     fault: str = ""
 
 
-@dataclass(frozen=True)
-class Event:
-    """Something that people may want to know; `time_s` is Unix time."""
-
-    time_s: float
-    kind: str
-    subject: str
-    text: str
-
-    def to_json(self) -> dict[str, Any]:
-        return {"time_s": self.time_s, "kind": self.kind, "subject": self.subject, "text": self.text}
-
-
 class Registry:
     """One application's. `wall_s` is the Unix time of `now_s`; `wanted` the replicas of each shard."""
 
@@ -105,14 +92,12 @@ class Registry:
         self._membership = Membership(table, lost_after_s)
         self._lost_after_s = lost_after_s
         self._start_s = now_s
-        self._wall_offset_s = wall_s - now_s
         self._wanted = dict(wanted)
         self._workers: dict[str, Worker] = {}
         self._spares: dict[str, Spare] = {}
         self._engines: dict[str, Engine] = {}
         self._accusations: deque[tuple[float, str, str, Cause]] = deque(maxlen=10_000)
-        self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
-        self.event_counts: Counter[str] = Counter()  # by kind, since the start
+        self.events = EventLog(wall_s - now_s)
         self.outages = Outages()
         self._served: set[int] = set()  # shards that had a worker once
         self._missing: set[int] = set()  # of those, the ones that have none now
@@ -333,8 +318,7 @@ class Registry:
 
     def note(self, kind: str, subject: str, text: str, now_s: float) -> None:
         """Add an event."""
-        self.event_counts[kind] += 1
-        self._events.append(Event(now_s + self._wall_offset_s, kind, subject, text))
+        self.events.add(kind, subject, text, now_s)
 
     def scale(self, shard_id: int, replicas: int, now_s: float) -> None:
         """So many replicas are wanted of a shard. Raises ConfigError for an unknown shard or less than one."""
@@ -373,7 +357,7 @@ class Registry:
                 for name, e in sorted(self._engines.items())
             ],
             "missing_shards": list(self.missing_shards),
-            "events": [event.to_json() for event in self._events],
+            "events": self.events.to_json(),
         }
 
     def _shard_status(self, shard_id: int, now_s: float) -> dict[str, Any]:

@@ -169,7 +169,7 @@ class ExpertRouter:
             "version": version(),
             "model": self._model,
             "status": status,
-            "events": dict(self._registry.event_counts),
+            "events": dict(self._registry.events.counts),
             "outages": self._registry.outages.totals(time.monotonic()),
             "silent_engines": len(telemetry.silent(number, self._registry.started_engines)),
             **telemetry.to_json(),

@@ -214,6 +214,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", content_type)
         self.send_header("Cache-Control", "no-store")
+        self.send_header("X-Robots-Tag", "noindex")
         self.send_header("X-Content-Type-Options", "nosniff")
         self.end_headers()
 

@@ -61,7 +61,7 @@ def snapshot_of(table, workers, dispatcher):
         "version": "1",
         "model": "toy",
         "status": registry.status(1.0),
-        "events": dict(registry.event_counts),
+        "events": dict(registry.events.counts),
         "outages": {0: (2, 1.5)},
         "silent_engines": 0,
         **telemetry.to_json(),
