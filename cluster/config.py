@@ -43,7 +43,7 @@ class EngineSettings:
     enforce_eager: bool = False
     """Skip torch.compile: starts sooner, runs slower."""
     log_prompts: bool = False
-    """Write prompts and answers to the engine's log. Off, because they belong to the users."""
+    """Write prompts and answers to the engine's log, and let it leave core files. Off: they belong to the users."""
     vllm: Mapping[str, Any] = field(default_factory=dict)
     """More arguments of vLLM's engine by their Python names, for example {seed: 1, quantization: fp8}."""
 
@@ -96,6 +96,8 @@ class Settings:
     """File of the API keys that HTTP asks for (`switchyard keys`), on the head node. None: no keys are asked for."""
     allow_anonymous: bool = False
     """Serve everybody without a key even where other machines can reach HTTP."""
+    metrics: bool = True
+    """Count and time layer calls, requests and energy, and serve the whole cluster's metrics at /metrics."""
     engine: EngineSettings = field(default_factory=EngineSettings)
     worker: WorkerSettings = field(default_factory=WorkerSettings)
 

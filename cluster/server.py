@@ -26,7 +26,9 @@ from cluster import auth, wire
 from cluster.batching import Batcher, ComputeFn
 from cluster.connect import tune_tcp
 from cluster.errors import Closed, ConnectionLost, DataPlaneError, HandshakeTimeout, IntegrityError
+from cluster.expert_load import encoded
 from cluster.gang import Gang
+from cluster.measures import Measures
 from cluster.routing import Endpoint, host_id
 from cluster.session import Request, Session
 from cluster.tls import ServerTls
@@ -79,6 +81,7 @@ class ExpertServer:
         self._pending: dict[int, list[Request]] = {}  # by layer, in order of the first arrival
         self._bells: list[int] = []  # engines to be told of replies, when this thread has nothing else to do
         self._counters: Counter[str] = Counter()
+        self._measures = Measures(self._shape)
         self._rejected: Counter[str] = Counter()
         self._draining = False
         self._stopping = False
@@ -189,15 +192,18 @@ class ExpertServer:
         status = wire.ERROR if error else wire.OK
         for request in batch:
             self._reply(request, status, compute_ns, now_ns - request.arrived_ns, error)
-        self._count_batch(layer, batch, num_tokens, compute_ns, error)
+        self._count_batch(layer, batch, num_tokens, now_ns, compute_ns, error)
 
-    def _count_batch(self, layer: int, batch: list[Request], num_tokens: int, compute_ns: int, error: str) -> None:
+    def _count_batch(
+        self, layer: int, batch: list[Request], num_tokens: int, begin_ns: int, compute_ns: int, error: str
+    ) -> None:
         """After the replies left: bookkeeping is not on anybody's critical path."""
         counters = self._counters
         counters["kernel_calls"] += 1
         counters["computed_messages"] += len(batch)
         counters["computed_tokens"] += num_tokens
         counters["compute_ns"] += compute_ns
+        self._measures.note(batch, begin_ns, compute_ns)
         if len(batch) > 1:
             counters["batched_messages"] += len(batch)
         if not error:
@@ -348,13 +354,23 @@ class ExpertServer:
             "expert_tokens": np.array(self._batcher.expert_tokens),
         }
 
-    def load(self) -> dict[str, int]:
-        """How busy the worker is: tokens and messages computed since the start, messages waiting now."""
+    def load(self) -> dict[str, Any]:
+        """How busy the worker is: tokens and messages computed since the start, messages waiting now.
+
+        "expert_tokens" says which experts computed them (cluster/expert_load.py).
+        """
         return {
+            "expert_tokens": encoded(self._batcher.expert_tokens),
             "tokens": self._counters["computed_tokens"],
             "messages": self._counters["computed_messages"],
             "waiting": sum(len(waiting) for waiting in list(self._pending.values())),
         }
+
+    def metrics(self) -> dict[str, Any]:
+        """Measures.to_json(). From any thread."""
+        waiting = [request for requests in list(self._pending.values()) for request in list(requests)]
+        counters = {name: self._counters[name] for name in _COUNTERS}
+        return self._measures.to_json(counters, self._rejected, waiting, time.monotonic_ns())
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless every message was answered, dropped with its session, or is waiting."""

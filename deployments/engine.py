@@ -28,11 +28,15 @@ from cluster.routing import RoutingTable
 from deployments import shared_memory, vllm_app
 from deployments.attribution import Attributed
 from deployments.cores import allowed_cores, engine_cores
+from deployments.energy import meter_of
 from deployments.engine_load import engine_load
+from deployments.engine_metrics import EngineMetrics
 from deployments.environment import apply_defaults, engine_environment, feed_environment
 from deployments.http_guard import OpenAIErrors
 from deployments.key_guard import Authorised, Gate
 from deployments.models import attribution_of
+from deployments.privacy import Private, forbid_core_dumps
+from deployments.prometheus import ClusterMetrics
 from deployments.shortage import EndInShortage, Shortage
 
 logger = logging.getLogger("ray.serve")
@@ -124,6 +128,14 @@ class TableLink:
                 known_epoch = table["epoch"]
                 self._feed.publish(RoutingTable.from_json(table))
 
+    def metrics(self) -> list[dict[str, Any]]:
+        """The newest Dispatcher.metrics() of every process of this engine that makes layer calls."""
+        return self._feed.metrics()
+
+    def answer_scrapes(self, metrics: EngineMetrics) -> None:
+        """From now on, for as long as the engine lives."""
+        self.tasks.append(asyncio.create_task(metrics.follow(self._router)))
+
     @property
     def is_broken(self) -> bool:
         return any(task.done() for task in self.tasks)
@@ -147,6 +159,8 @@ class EngineReplica:
         gatekeeper: DeploymentHandle | None,
     ) -> None:
         settings = parse_settings(args)
+        if not settings.engine.log_prompts:
+            forbid_core_dumps()
         self._engine: Any = None
         self._shared_memory: frozenset[str] = frozenset()
         self._link: TableLink | None = None
@@ -164,6 +178,7 @@ class EngineReplica:
         self._report("warming up")
         await vllm_app.warm_up(self._engine)
         self._shared_memory = shared_memory.mapped_by_descendants()
+        self._metrics = self._start_metrics(settings) if settings.metrics else None
         self._ending = asyncio.create_task(self._end_when_dead())
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -172,9 +187,24 @@ class EngineReplica:
         if self._link is not None:
             self._link.state = "ready"
             self._link.find_fault = self._find_fault
-        app = OpenAIErrors(app, lambda: bool(self._engine.errored))
-        app = Attributed(EndInShortage(app, self._shortage), self._attribution)
-        return app if self._gate is None else Authorised(app, self._gate)
+        app = EndInShortage(OpenAIErrors(app, lambda: bool(self._engine.errored)), self._shortage)
+        app = ClusterMetrics(app, self._snapshot)
+        if self._gate is not None:
+            app = Authorised(app, self._gate)
+        return Attributed(Private(app), self._attribution)
+
+    def _start_metrics(self, settings: Settings) -> EngineMetrics:
+        processes = [psutil.Process(), *vllm_app.engine_processes()]
+        ranks = self._link.metrics if self._link is not None else list
+        energy = meter_of(processes, settings.engine.num_gpus)
+        metrics = EngineMetrics(self._id, settings.name, ranks, vllm_app.metrics_registry(), energy)
+        if self._link is not None:
+            self._link.answer_scrapes(metrics)
+        return metrics
+
+    async def _snapshot(self) -> dict[str, Any] | None:
+        """For /metrics; None when metrics are off."""
+        return await self._metrics.cluster(self._router) if self._metrics is not None else None
 
     async def _find_fault(self) -> str:
         return "; ".join(filter(None, await self._engine.collective_rpc("layer_call_fault")))

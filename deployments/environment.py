@@ -48,6 +48,7 @@ def feed_environment(settings: Settings, feed_address: str, folder: Path, engine
         "SWITCHYARD_SECRET_FILE": str(folder / "secret"),
         "SWITCHYARD_FEED_SECRET_FILE": str(folder / "feed-secret"),
         "SWITCHYARD_ENGINE_ID": engine_id,
+        "SWITCHYARD_METRICS": str(int(settings.metrics)),
         "SWITCHYARD_EXPERT_TIMEOUT_S": str(settings.expert_timeout_s),
         # The engine waits for its workers at its first layer call; those of a large checkpoint take long to load it.
         "SWITCHYARD_START_TIMEOUT_S": str(settings.start_timeout_s),

@@ -8,6 +8,7 @@ router starts with a larger epoch, and everybody registers again.
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import time
 from typing import Any
@@ -19,15 +20,23 @@ from cluster.blame import Cause
 from cluster.config import parse_settings
 from cluster.expert_load import ExpertLoad
 from cluster.placement import partition
+from cluster.readings import readings
 from cluster.registry import Registry, SpareState
 from cluster.rotation import SECRET_BYTES, Rotation, Secrets
 from cluster.routing import Replica, ReplicaState, RoutingTable
+from cluster.telemetry import Telemetry
+from deployments.engine_metrics import version
+from deployments.ray_metrics import RayMetrics
+
+logger = logging.getLogger("ray.serve")
 
 _SECRETS_KEY = b"switchyard:data-plane-secrets"
 _WANTED_KEY = b"switchyard:wanted-replicas"
 _TICK_S = 0.25
 _LONG_POLL_S = 20.0
 _SPARE_POLL_S = 1.0
+_SCRAPE_LIMIT_S = 2.0
+_TELL_RAY_EVERY_S = 10.0
 
 
 class ExpertRouter:
@@ -44,13 +53,16 @@ class ExpertRouter:
         table = RoutingTable(epoch, model_fingerprint, num_layers, num_experts, shards, ())
         wanted = {shard.shard_id: settings.replicas for shard in shards} | _wanted_before(model_fingerprint)
         self._registry = Registry(table, settings.worker_lost_after_s, wanted, time.monotonic(), time.time())
-        self._experts = ExpertLoad(num_layers, num_experts)
+        self._experts = ExpertLoad(table)
+        self._telemetry = Telemetry(self._experts)
         self._changed = asyncio.Condition()
         self._rotation = Rotation(_shared_secrets())
         # Until then a restarted router does not know all who live, and must not take them for ready.
         self._may_rotate_s = time.monotonic() + 2 * settings.worker_lost_after_s
         self._progress: dict[str, str] = {}
         self._ticking = asyncio.create_task(self._tick())
+        if settings.metrics:
+            self._to_ray = asyncio.create_task(self._tell_ray())
 
     # -- the data plane's secret ----------------------------------------------------------------------------------
 
@@ -87,16 +99,20 @@ class ExpertRouter:
         await self._notify()
 
     async def heartbeat(
-        self, replica_id: str, load: dict[str, Any] | None = None, expert_tokens: list[list[int]] | None = None
+        self, replica_id: str, load: dict[str, Any] | None = None, metrics: dict[str, Any] | None = None
     ) -> str:
-        """The value of a registry.Answer: ok, register (again), or leave. `expert_tokens`: see ExpertLoad.report."""
-        answer = self._registry.heartbeat(replica_id, load or {}, time.monotonic())
-        table = self._registry.table
-        held = {r.shard_id for r in table.replicas if r.replica_id == replica_id}
-        for shard in table.shards:
-            if shard.shard_id in held and expert_tokens is not None:
-                self._experts.report(replica_id, shard, expert_tokens)
-        return answer.value
+        """The value of a registry.Answer: ok, register (again), or leave.
+
+        `load` and `metrics` are what the worker process answers to these commands (model/worker_main.py).
+        """
+        load = dict(load or {})
+        expert_tokens = load.pop("expert_tokens", None)
+        replica = self._registry.replica(replica_id)
+        if replica is not None and expert_tokens is not None:
+            self._experts.report(replica, expert_tokens)
+        if replica is not None and metrics is not None:
+            self._telemetry.worker_reports(replica_id, metrics)
+        return self._registry.heartbeat(replica_id, load, time.monotonic()).value
 
     async def drain(self, replica_id: str) -> None:
         """The worker is about to leave, or somebody wants it to take nothing new."""
@@ -173,6 +189,42 @@ class ExpertRouter:
         self._registry.accused(engine_id, replica_id, Cause(cause), time.monotonic())
         await self._notify()
 
+    # -- metrics --------------------------------------------------------------------------------------------------
+
+    async def scrape(self) -> dict[str, Any]:
+        """A snapshot of the whole cluster, as cluster/readings.py describes it. Waits a moment for every engine."""
+        telemetry = self._telemetry
+        number = telemetry.begin_scrape(time.monotonic())
+        async with self._changed:
+            self._changed.notify_all()
+            is_complete = self._changed.wait_for(lambda: not telemetry.silent(number, self._registry.started_engines))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(is_complete, _SCRAPE_LIMIT_S)
+        status = self._registry.status(time.monotonic())
+        del status["events"]
+        return {
+            "version": version(),
+            "model": self._model,
+            "status": status,
+            "events": dict(self._registry.events.counts),
+            "outages": self._registry.outages.totals(time.monotonic()),
+            "silent_engines": len(telemetry.silent(number, self._registry.started_engines)),
+            **telemetry.to_json(),
+        }
+
+    async def wait_for_scrape(self, known: int) -> int:
+        """The newest scrape's number as soon as it is not `known` (a new router begins at 0 again), or after 20 s."""
+        async with self._changed:
+            is_news = self._changed.wait_for(lambda: self._telemetry.number != known)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(is_news, _LONG_POLL_S)
+        return self._telemetry.number
+
+    async def engine_metrics(self, engine_id: str, number: int, snapshot: dict[str, Any]) -> None:
+        """An engine answers that scrape: EngineMetrics.own()."""
+        self._telemetry.engine_reports(engine_id, number, snapshot)
+        await self._notify()
+
     # -- people ---------------------------------------------------------------------------------------------------
 
     async def report(self, source: str, stage: str) -> None:
@@ -225,7 +277,9 @@ class ExpertRouter:
         while True:
             await asyncio.sleep(_TICK_S)
             self._registry.tick(time.monotonic())
-            self._experts.forget_all_but(replica.replica_id for replica in self._registry.table.replicas)
+            replicas = {replica.replica_id for replica in self._registry.table.replicas}
+            self._experts.keep(replicas)
+            self._telemetry.keep(replicas, self._registry.engine_ids)
             if time.monotonic() > self._may_rotate_s and self._rotation.advance(*self._members()):
                 await self._secrets_changed()
             await self._notify()
@@ -234,6 +288,16 @@ class ExpertRouter:
         """Workers and engines that live."""
         workers = [r.replica_id for r in self._registry.table.replicas if r.state is not ReplicaState.GONE]
         return workers, self._registry.engine_ids
+
+    async def _tell_ray(self) -> None:
+        told = RayMetrics()
+        while True:
+            await asyncio.sleep(_TELL_RAY_EVERY_S)
+            # The router's duties do not depend on Ray's metrics agent, whatever it raises.
+            try:
+                told.publish(readings(await self.scrape()))
+            except Exception as error:
+                logger.warning("metrics not handed to Ray: %r", error)
 
     async def _notify(self) -> None:
         async with self._changed:

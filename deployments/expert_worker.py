@@ -11,13 +11,16 @@ import uuid
 from dataclasses import replace
 from typing import Any
 
+import psutil
 import ray
 from ray.serve.handle import DeploymentHandle
 
 from cluster.config import Settings, parse_settings
+from cluster.energy import EnergyMeter
 from cluster.placement import partition
 from cluster.routing import Endpoint, Replica, ReplicaState, Role, Shard
 from deployments.cores import allowed_cores, worker_cores
+from deployments.energy import meter_of
 from deployments.tenure import Tenure
 from deployments.worker_process import WorkerProcess, kernel_environment
 
@@ -47,7 +50,10 @@ class ExpertWorker:
             await self._process.start(environment)
             ready = await self._process.load(settings, shard_of(settings, shard_id), len(cores), secrets)
             replica = _replica(self._replica_id, shard_id, role, self._process.pid, ready)
-            self._tenure = Tenure(router, self._process, replica, ready, secrets, settings.worker_lost_after_s, _end)
+            energy = _energy_meter(settings, self._process.pid)
+            self._tenure = Tenure(
+                router, self._process, replica, ready, secrets, settings.worker_lost_after_s, _end, energy
+            )
             await self._tenure.begin()
         except BaseException:
             await self._process.stop()
@@ -135,7 +141,10 @@ class WarmSpare:
         secrets = await self._router.secrets.remote()
         ready = await self._process.load(settings, shard_of(settings, shard_id), num_threads, secrets)
         replica = _replica(self._replica_id, shard_id, Role.SPARE, self._process.pid, ready)
-        self._tenure = Tenure(self._router, self._process, replica, ready, secrets, settings.worker_lost_after_s, _end)
+        energy = _energy_meter(settings, self._process.pid)
+        self._tenure = Tenure(
+            self._router, self._process, replica, ready, secrets, settings.worker_lost_after_s, _end, energy
+        )
         await self._tenure.begin()
 
     async def _become_spare_again(self, tenure: Tenure) -> None:
@@ -171,6 +180,11 @@ def _on_this_machine(settings: Settings) -> Settings:
 def _node() -> str:
     node: str = ray.get_runtime_context().get_node_id()
     return node
+
+
+def _energy_meter(settings: Settings, pid: int) -> EnergyMeter | None:
+    """None when metrics are off."""
+    return meter_of([psutil.Process(), psutil.Process(pid)], settings.worker.num_gpus) if settings.metrics else None
 
 
 def _replica(replica_id: str, shard_id: int, role: Role, pid: int, ready: dict[str, Any]) -> Replica:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
+from cluster.energy import EnergyMeter
 from cluster.errors import SwitchyardError
 from cluster.rotation import Secrets
 from cluster.routing import Replica
@@ -22,7 +23,10 @@ _RETRY_S = 1.0
 
 
 class Tenure:
-    """From begin() to end(); or until the process ends, hangs or is told to leave: then `on_end(why)` is called."""
+    """From begin() to end(); or until the process ends, hangs or is told to leave: then `on_end(why)` is called.
+
+    With `energy`, heartbeats carry the worker's metrics, that meter's readings among them.
+    """
 
     def __init__(
         self,
@@ -33,6 +37,7 @@ class Tenure:
         secrets: Secrets,
         hung_after_s: float,
         on_end: Callable[[str], None],
+        energy: EnergyMeter | None,
     ) -> None:
         self._router = router
         self._process = process
@@ -41,6 +46,7 @@ class Tenure:
         self._secrets = secrets
         self._hung_after_s = hung_after_s
         self._on_end = on_end
+        self._energy = energy
         self._tasks: list[asyncio.Task[None]] = []
         self._last = (time.monotonic(), 0)
 
@@ -103,21 +109,21 @@ class Tenure:
             await asyncio.sleep(_HEARTBEAT_EVERY_S)
             try:
                 load = await asyncio.wait_for(self._load(), self._hung_after_s)
+                metrics = await asyncio.wait_for(self._metrics(), self._hung_after_s)
             except SwitchyardError:
                 return  # the process has ended, and _watch_process tells
             except TimeoutError:
                 logger.error("worker process %d is silent for %g s: killing it", self._replica.pid, self._hung_after_s)
                 self._process.kill()
                 return
-            expert_tokens = load.pop("expert_tokens")
-            if await self._beat(load, expert_tokens) == "leave":
+            if await self._beat(load, metrics) == "leave":
                 await self.end()
                 self._on_end("told to leave")
                 return
 
-    async def _beat(self, load: dict[str, Any], expert_tokens: list[list[int]]) -> str:
+    async def _beat(self, load: dict[str, Any], metrics: dict[str, Any] | None) -> str:
         try:
-            answer: str = await self._router.heartbeat.remote(self._replica.replica_id, load, expert_tokens)
+            answer: str = await self._router.heartbeat.remote(self._replica.replica_id, load, metrics)
             if answer == "register":
                 await self._register()
         except SwitchyardError:
@@ -127,6 +133,11 @@ class Tenure:
             logger.warning("heartbeat not delivered: %s", error)
             return "ok"
         return answer
+
+    async def _metrics(self) -> dict[str, Any] | None:
+        if self._energy is None:
+            return None
+        return {**(await self._process.request("metrics"))["metrics"], "energy": self._energy.read()}
 
     async def _load(self) -> dict[str, Any]:
         load = (await self._process.request("load"))["load"]

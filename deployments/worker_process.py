@@ -16,7 +16,7 @@ from cluster.rotation import Secrets
 from cluster.routing import Shard
 
 _STOP_LIMIT_S = 5.0
-_ANSWERS = {"stats": "stats", "load": "load", "drain": "drained", "secrets": "secrets"}
+_ANSWERS = {"stats": "stats", "load": "load", "metrics": "metrics", "drain": "drained", "secrets": "secrets"}
 
 
 class WorkerFailed(SwitchyardError):

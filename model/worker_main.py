@@ -7,14 +7,14 @@ Its parent speaks JSON lines. On stdin, first the order (see Order), then comman
     stdin   {"model", "dtype", "shard": {..}, "secrets": [hex, ..], "num_threads", "max_tokens", "tcp_host", "tls",
              "fault_injection"}
             or first {"warm": {"model", "dtype"}}, for a spare: have everything imported, and wait for the order
-            {"command": "stats" | "load" | "drain"} or {"command": "secrets", "accepted": [hex, ..]}
+            {"command": "stats" | "load" | "metrics" | "drain"} or {"command": "secrets", "accepted": [hex, ..]}
     stdout  {"stage": text}          while loading
             {"warm": {}}             the spare may be given an order
             {"ready": {"endpoint": {..}, "fingerprint", "memory_bytes"}}
             {"failed": text}         loading failed; the process exits
             answers, in order: {"stats": {..}} {"load": {"tokens", "messages", "waiting", "device": text,
-            "fault": empty if sound, "expert_tokens": [layer][local expert]}}
-            {"drained": bool}, false if something taken was not answered in time
+            "fault": empty if sound, "expert_tokens": see cluster/expert_load.py}}
+            {"metrics": {..}} (cluster/measures.py) {"drained": bool}, false if something taken was not answered in time
             {"secrets": {}}          from now on engines prove one of those
 End of stdin means that the parent is gone or wants it to stop: the worker answers what it has taken and exits.
 Secrets come by stdin so that they are in no environment, command line or file.
@@ -167,8 +167,9 @@ def _obey(server: Any, device: str, report) -> None:
         if command == "stats":
             report(stats=server.stats())
         elif command == "load":
-            expert_tokens = server.stats()["expert_tokens"]
-            report(load={**server.load(), "device": device, "fault": _fault(server), "expert_tokens": expert_tokens})
+            report(load={**server.load(), "device": device, "fault": _fault(server)})
+        elif command == "metrics":
+            report(metrics=server.metrics())
         elif command == "drain":
             server.drain()
             report(drained=server.wait_drained(_DRAIN_LIMIT_S))

@@ -27,6 +27,8 @@ COMMANDS = {
     "top": ("ops.top", "watch a running cluster, as htop does a machine"),
     "console": ("ops.console.command", "print a link that opens the web console"),
     "doctor": ("ops.doctor", "check installation, machine and running clusters, and say what to do"),
+    "energy": ("ops.energy", "measure joules per token and tokens per kWh of a running cluster"),
+    "observe": ("ops.observe.prometheus", "start Prometheus against a running cluster"),
     "convert": ("ops.convert", "turn Grok-1 as released into a folder that can be served"),
     "models": ("ops.models", "list the known models with their shapes and the memory they take"),
     "license": ("ops.license", "print the licence terms that apply to a model"),

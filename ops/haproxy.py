@@ -89,4 +89,5 @@ def unavailable_page() -> str:
     }
     body = json.dumps({"error": error})
     head = ["HTTP/1.1 503 Service Unavailable", "Content-Type: application/json", f"Retry-After: {_RETRY_AFTER_S}"]
+    head += ["Cache-Control: no-store", "X-Robots-Tag: noindex"]
     return "\r\n".join([*head, f"Content-Length: {len(body)}", "Connection: close", "", body])
