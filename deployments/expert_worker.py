@@ -14,7 +14,7 @@ import ray
 from ray.serve.handle import DeploymentHandle
 
 from cluster.config import Settings, parse_settings
-from cluster.placement import partition
+from cluster.layout import shards_of
 from cluster.routing import Endpoint, Replica, ReplicaState, Role, Shard
 from deployments.cores import allowed_cores, worker_cores
 from deployments.tenure import Tenure
@@ -42,9 +42,9 @@ class ExpertWorker:
         self._process = WorkerProcess(self._report)
         secret = await router.secret.remote()
         try:
-            environment = kernel_environment(cores) | (_NO_GPU if role is Role.SHADOW else {})
-            await self._process.start(environment)
-            ready = await self._process.load(settings, shard_of(settings, shard_id), len(cores), secret)
+            await self._process.start(kernel_environment(cores) | _device_environment(settings, shard_id, role))
+            shard = shard_of(settings, shard_id)
+            ready = await self._process.load(settings, shard, len(cores), secret, _tcp_host(settings))
             replica = _replica(self._replica_id, shard_id, role, self._process.pid, ready)
             self._tenure = Tenure(router, self._process, replica, ready, settings.worker_lost_after_s, _end)
             await self._tenure.begin()
@@ -132,7 +132,8 @@ class WarmSpare:
         settings = self._settings
         num_threads = len(worker_cores(settings, shard_id, allowed_cores()))
         secret = await self._router.secret.remote()
-        ready = await self._process.load(settings, shard_of(settings, shard_id), num_threads, secret)
+        shard = shard_of(settings, shard_id)
+        ready = await self._process.load(settings, shard, num_threads, secret, _tcp_host(settings))
         replica = _replica(self._replica_id, shard_id, Role.SPARE, self._process.pid, ready)
         self._tenure = Tenure(self._router, self._process, replica, ready, settings.worker_lost_after_s, _end)
         await self._tenure.begin()
@@ -148,7 +149,18 @@ class WarmSpare:
         self._router.report.remote(self._replica_id, stage)
 
 
-_NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+def _device_environment(settings: Settings, shard_id: int, role: Role) -> dict[str, str]:
+    """No GPU is seen by what shall live in host memory."""
+    in_host_memory = role is Role.SHADOW
+    if settings.layout is not None:
+        in_host_memory |= settings.layout.shards[shard_id].device == "cpu"
+    return {"CUDA_VISIBLE_DEVICES": ""} if in_host_memory else {}
+
+
+def _tcp_host(settings: Settings) -> str:
+    """worker.host, where `node` stands for the address by which the other nodes know this one."""
+    host = settings.worker.host
+    return str(ray.util.get_node_ip_address()) if host == "node" else host
 
 
 def _has_failed(task: "asyncio.Task[None] | None") -> bool:
@@ -177,4 +189,4 @@ def shard_of(settings: Settings, shard_id: int) -> Shard:
 
     spec = inspect_checkpoint(settings.model, settings.dtype)
     assert spec is not None, "build_app starts workers for checkpoints with experts only"
-    return partition(spec.num_layers, spec.num_experts, settings.workers)[shard_id]
+    return shards_of(settings, spec.num_layers, spec.num_experts)[shard_id]

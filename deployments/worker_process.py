@@ -46,8 +46,10 @@ class WorkerProcess:
         await self._send({"warm": {"model": settings.model, "dtype": settings.dtype}})
         await self._receive_until("warm")
 
-    async def load(self, settings: Settings, shard: Shard, num_threads: int, secret: bytes) -> dict[str, Any]:
-        """Load a shard and serve it: {"endpoint", "fingerprint", "memory_bytes"}. Raises WorkerFailed."""
+    async def load(
+        self, settings: Settings, shard: Shard, num_threads: int, secret: bytes, tcp_host: str
+    ) -> dict[str, Any]:
+        """Load a shard and serve it: {"endpoint", "fingerprint", "memory_bytes", "device"}. Raises WorkerFailed."""
         await self._send(
             {
                 "model": settings.model,
@@ -56,7 +58,7 @@ class WorkerProcess:
                 "secret": secret.hex(),
                 "num_threads": num_threads,
                 "max_tokens": settings.engine.max_num_batched_tokens,
-                "tcp_host": settings.worker.host,
+                "tcp_host": tcp_host,
             }
         )
         return await self._receive_until("ready")

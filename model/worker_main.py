@@ -9,7 +9,7 @@ Its parent speaks JSON lines. On stdin, first the order (see Order), then comman
             {"command": "stats" | "load" | "drain"}
     stdout  {"stage": text}          while loading
             {"warm": {}}             the spare may be given an order
-            {"ready": {"endpoint": {..}, "fingerprint", "memory_bytes"}}
+            {"ready": {"endpoint": {..}, "fingerprint", "memory_bytes", "device"}}
             {"failed": text}         loading failed; the process exits
             answers, in order: {"stats": {..}} {"load": {"tokens", "messages", "waiting", "fault": empty if sound}}
             {"drained": bool}, false if something taken was not answered in time
@@ -120,6 +120,7 @@ def _load(order: dict[str, Any], progress) -> tuple[Any, dict[str, Any]]:
         "endpoint": dataclasses.asdict(server.endpoint),
         "fingerprint": spec.fingerprint,
         "memory_bytes": hosted.memory_bytes,
+        "device": hosted.device,
     }
     return server, ready
 

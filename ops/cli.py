@@ -14,6 +14,7 @@ from cluster.errors import ConfigError
 # name -> (module, one line for --help)
 COMMANDS = {
     "serve": ("ops.serve", "start a model on this machine and serve it over HTTP"),
+    "plan": ("ops.plan", "say whether a model fits, what runs where, how fast; write the ray-config.yaml"),
     "status": ("ops.status", "show a running cluster: shards, replicas, engines, what happened"),
     "events": ("ops.events", "print what happened in a running cluster, and what happens next"),
     "scale": ("ops.scale", "change how many replicas a shard has"),

@@ -15,7 +15,9 @@ from typing import Any
 
 import psutil
 
+from cluster.inventory import NODE_LABEL
 from deployments import shared_memory
+from deployments.machine import node_name
 from ops import haproxy, processes
 from ops.ports import free_block
 
@@ -61,6 +63,7 @@ class LocalRay:
             object_store_memory=_OBJECT_STORE_BYTES,
             log_to_driver=False,
             logging_level=logging.ERROR,
+            labels={NODE_LABEL: node_name()},
             _node_ip_address=_LOOPBACK,
             _temp_dir=str(self._folder / "ray"),
         )

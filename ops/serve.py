@@ -18,6 +18,7 @@ from typing import Any
 
 from cluster.config import parse_settings
 from cluster.errors import ConfigError
+from cluster.layout import num_workers
 from ops.ports import check_port
 from ops.serve_config import ServeConfig, read_serve_config
 from ops.startup import Startup
@@ -168,10 +169,12 @@ def base_url(config: ServeConfig) -> str:
 def _checked_plan(config: ServeConfig) -> Any:
     """Everything that can be known to fail, before anything is started. Raises ConfigError."""
     from deployments.app import make_plan
-    from ops.checks import check_compiler, check_memory
+    from deployments.machine import node_name
+    from ops.checks import check_compiler, check_memory, check_nodes
 
     plan = make_plan(config.args)
     check_compiler(plan)
+    check_nodes(plan, node_name())
     check_memory(plan)
     return plan
 
@@ -182,11 +185,11 @@ def describe(plan: Any) -> str:
     engines = f"{settings.engines} engine{'s' * (settings.engines > 1)}"
     if spec is None:
         return f"{settings.name}: a dense model, {engines}, no expert workers"
-    workers = f"{settings.workers} expert worker{'s' * (settings.workers > 1)}"
-    copies = f" x {settings.replicas} copies" if settings.replicas > 1 else ""
+    count = num_workers(settings)
+    workers = f"{count} expert worker{'s' * (count > 1)}"
     return (
         f"{settings.name}: {spec.num_experts} experts in {spec.num_layers} layers, top {spec.top_k}; "
-        f"{engines}, {workers}{copies}"
+        f"{engines}, {workers}"
     )
 
 
