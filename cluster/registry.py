@@ -155,7 +155,10 @@ class Registry:
     def register(
         self, replica: Replica, model_fingerprint: str, memory_bytes: int, now_s: float, device: str = ""
     ) -> None:
-        """A worker is ready to serve, on a device in words. Raises ConfigError when it holds another model, InvalidTable for its shard."""
+        """A worker is ready to serve, on a device in words.
+
+        Raises ConfigError when it holds another model, InvalidTable for its shard.
+        """
         if model_fingerprint != self.table.model_fingerprint:
             self.note("worker_refused", replica.replica_id, f"holds model {model_fingerprint}", now_s)
         self._membership.register(replica, model_fingerprint, now_s)
@@ -352,8 +355,8 @@ class Registry:
             raise ConfigError(f"a shard needs at least one replica, not {replicas}")
         if replicas > self._most.get(shard_id, replicas):
             raise ConfigError(
-                f"the layout has room for {self._most[shard_id]} replicas of shard {shard_id}, not {replicas}: name more "
-                "nodes for it"
+                f"the layout has room for {self._most[shard_id]} replicas of shard {shard_id}, not {replicas}: name "
+                "more nodes for it"
             )
         if self._wanted[shard_id] != replicas:
             self.note("scaled", f"shard {shard_id}", f"{self._wanted[shard_id]} -> {replicas} replicas", now_s)

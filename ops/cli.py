@@ -15,6 +15,7 @@ from cluster.errors import ConfigError
 COMMANDS = {
     "serve": ("ops.serve", "start a model on this machine and serve it over HTTP"),
     "plan": ("ops.plan", "say whether a model fits, what runs where, how fast; write the ray-config.yaml"),
+    "simulate": ("ops.simulate", "predict how a planned cluster behaves under a load, and when nodes are lost"),
     "status": ("ops.status", "show a running cluster: shards, replicas, engines, what happened"),
     "events": ("ops.events", "print what happened in a running cluster, and what happens next"),
     "scale": ("ops.scale", "change how many replicas a shard has"),

@@ -22,7 +22,8 @@ has a layout, it says what runs elsewhere than planned.
               "replicas": [{"id", "pid", "node", "state", "role", "load": {..}, "memory_bytes", "device", "age_s",
                             "node_name"}], "most": replicas that the layout has room for, or null}],
   "layout": the layout of the configuration, or null,
-  "spares": [{"id", "pid", "node", "state", "shard"}], "engines": [{"id", "pid", "node", "state", "age_s", "node_name"}],
+  "spares": [{"id", "pid", "node", "state", "shard"}],
+  "engines": [{"id", "pid", "node", "state", "age_s", "node_name"}],
   "events": [{"time_s", "kind", "subject", "text"}], "progress": {source: text}}
 Exit status 1 when a shard has no worker or no engine is ready.
 """
@@ -59,7 +60,8 @@ def render(status: dict[str, Any], colours: bool = False) -> list[str]:
         lines.append(f"shard {shard} HAS NO WORKER: calls wait for one")
     lines += [
         "",
-        f"{'shard':<22}{'replica':<22}{'state':<10}{'role':<9}{'pid':>7}  {'tokens/s':>8}  {'memory':>9}  {'age':>7}  on",
+        f"{'shard':<22}{'replica':<22}{'state':<10}{'role':<9}{'pid':>7}  {'tokens/s':>8}  {'memory':>9}  {'age':>7}  "
+        "on",
     ]
     for shard in status["shards"]:
         lines += _shard_lines(shard, paint)

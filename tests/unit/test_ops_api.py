@@ -54,7 +54,9 @@ def make_status(**changes: object) -> dict:
             {"id": 1, "layers": [0, 2], "num_experts": 4, "wanted": 1, "replicas": [replica("experts-1-cc")]},
         ],
         "spares": [{"id": "spare-dd", "pid": 43, "node": "n", "state": "ready", "shard": None}],
-        "engines": [{"id": "engine-ee", "pid": 44, "node": "n", "state": "ready", "age_s": 7300.0, "node_name": "here"}],
+        "engines": [
+            {"id": "engine-ee", "pid": 44, "node": "n", "state": "ready", "age_s": 7300.0, "node_name": "here"}
+        ],
         "events": [
             {"time_s": 1000.0 + i, "kind": "worker_online", "subject": f"w{i}", "text": f"shard {i}"} for i in range(8)
         ],
@@ -267,7 +269,7 @@ def test_the_table_is_aligned():
     for row in rows:
         assert row.index("experts-") == head.index("replica")
         assert row.index("here cpu") == head.index("on", head.index("age")), (row, head)
-    assert rows[0].endswith("65 s") and "12.3" in rows[0] and "3 MiB" in rows[0]
+    assert "65 s" in rows[0] and "12.3" in rows[0] and "3 MiB" in rows[0]
     assert lines[-1].endswith("w7: shard 7") and sum("worker_online" in line for line in lines) == 5
     assert any("2 h" in line for line in lines)
     coloured = render(make_status(), colours=True)
