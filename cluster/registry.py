@@ -55,6 +55,7 @@ class Worker:
 
     since_s: float
     memory_bytes: int = 0
+    device: str = ""
     load: Mapping[str, Any] = field(default_factory=dict)
     shall_leave: bool = False
 
@@ -85,15 +86,23 @@ class Engine:
 
 
 class Registry:
-    """One application's. `wall_s` is the Unix time of `now_s`; `wanted` the replicas of each shard."""
+    """One application's. `wall_s` is the Unix time of `now_s`; `wanted` the replicas of each shard, `most` how many of
+    them its nodes have room for, where that is limited."""
 
     def __init__(
-        self, table: RoutingTable, lost_after_s: float, wanted: Mapping[int, int], now_s: float, wall_s: float
+        self,
+        table: RoutingTable,
+        lost_after_s: float,
+        wanted: Mapping[int, int],
+        now_s: float,
+        wall_s: float,
+        most: Mapping[int, int] | None = None,
     ) -> None:
         self._membership = Membership(table, lost_after_s)
         self._lost_after_s = lost_after_s
         self._start_s = now_s
         self._wanted = dict(wanted)
+        self._most = dict(most or {})
         self._workers: dict[str, Worker] = {}
         self._spares: dict[str, Spare] = {}
         self._engines: dict[str, Engine] = {}
@@ -132,12 +141,18 @@ class Registry:
 
     # -- workers --------------------------------------------------------------------------------------------------
 
-    def register(self, replica: Replica, model_fingerprint: str, memory_bytes: int, now_s: float) -> None:
-        """A worker is ready to serve. Raises ConfigError when it holds another model, InvalidTable for its shard."""
+    def register(
+        self, replica: Replica, model_fingerprint: str, memory_bytes: int, now_s: float, device: str = ""
+    ) -> None:
+        """A worker is ready to serve, on a device in words.
+
+        Raises ConfigError when it holds another model, InvalidTable for its shard.
+        """
         if model_fingerprint != self.table.model_fingerprint:
             self.note("worker_refused", replica.replica_id, f"holds model {model_fingerprint}", now_s)
         self._membership.register(replica, model_fingerprint, now_s)
-        self._workers.setdefault(replica.replica_id, Worker(now_s)).memory_bytes = memory_bytes
+        worker = self._workers.setdefault(replica.replica_id, Worker(now_s))
+        worker.memory_bytes, worker.device = memory_bytes, device
         spare = self._spares.get(replica.replica_id)
         if spare is not None:
             spare.state = SpareState.SERVING
@@ -334,6 +349,11 @@ class Registry:
             raise ConfigError(f"there is no shard {shard_id}; the shards are {sorted(self._wanted)}")
         if replicas < 1:
             raise ConfigError(f"a shard needs at least one replica, not {replicas}")
+        if replicas > self._most.get(shard_id, replicas):
+            raise ConfigError(
+                f"the layout has room for {self._most[shard_id]} replicas of shard {shard_id}, not {replicas}: name "
+                "more nodes for it"
+            )
         if self._wanted[shard_id] != replicas:
             self.note("scaled", f"shard {shard_id}", f"{self._wanted[shard_id]} -> {replicas} replicas", now_s)
             self._wanted[shard_id] = replicas
@@ -380,6 +400,7 @@ class Registry:
             "experts": list(shard.experts),
             "num_experts": len(shard.experts),
             "wanted": self._wanted[shard_id],
+            "most": self._most.get(shard_id),
             "replicas": [self._replica_status(replica, now_s) for replica in replicas],
         }
 
@@ -393,6 +414,7 @@ class Registry:
             "role": replica.role.value,
             "load": dict(worker.load),
             "memory_bytes": worker.memory_bytes,
+            "device": worker.device,
             "age_s": now_s - worker.since_s,
         }
 

@@ -6,7 +6,7 @@ build_app(args) -> Engine x engines  --handles-->  ExpertRouter  <--  ExpertWork
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from ray.serve.schema import LoggingConfig
 
 from cluster.config import Settings, parse_settings, to_args
 from cluster.errors import ConfigError
-from cluster.placement import partition
+from cluster.layout import check_engine_nodes, node_selector, per_node, replicas_of, shards_of
 from cluster.routing import Role
 from deployments.engine import Engine
 from deployments.expert_router import ExpertRouter
@@ -61,13 +61,14 @@ def make_plan(args: Mapping[str, Any]) -> Plan:
     settings = dataclasses.replace(settings, model=str(resolve_model(settings.model)), served_model_name=settings.name)
     check_licence(settings)
     spec = inspect_checkpoint(settings.model, settings.dtype)
+    check_engine_nodes(settings)
     if spec is not None:
-        if settings.workers > spec.num_experts:
+        if settings.layout is None and settings.workers > spec.num_experts:
             raise ConfigError(
                 f"workers: is {settings.workers}, but the model has {spec.num_experts} experts per layer. "
                 f"Use at most {spec.num_experts}."
             )
-        partition(spec.num_layers, spec.num_experts, settings.workers)
+        shards_of(settings, spec.num_layers, spec.num_experts)
     return Plan(settings, spec, *_sizes(settings.model))
 
 
@@ -76,32 +77,43 @@ def build_app(args: Mapping[str, Any]) -> Application:
     plan = make_plan(args)
     settings, spec = plan.settings, plan.spec
     values = to_args(settings)
-    engine = _deployment(Engine, ENGINE_NAME, settings.engines, _gpus(settings.engine.num_gpus), _ENGINE_CALLS)
+    engine_nodes = settings.layout.engine_nodes if settings.layout is not None else ()
+    engine = _deployment(
+        Engine, ENGINE_NAME, settings.engines, _gpus(settings.engine.num_gpus), _ENGINE_CALLS, engine_nodes
+    )
     gatekeeper = None
     if settings.api_keys is not None:
-        gatekeeper = _deployment(Gatekeeper, GATEKEEPER_NAME, 1, 0, _ROUTER_CALLS, _ON_HEAD).bind(values)
+        gatekeeper = _deployment(Gatekeeper, GATEKEEPER_NAME, 1, 0, _ROUTER_CALLS, resources=_ON_HEAD).bind(values)
     if spec is None:
         return engine.bind(values, None, [], gatekeeper)
     router = _deployment(ExpertRouter, ROUTER_NAME, 1, 0, _ROUTER_CALLS).bind(
         values, spec.fingerprint, spec.num_layers, spec.num_experts
     )
-    worker_gpus = _gpus(settings.worker.num_gpus)
+    num_shards = len(shards_of(settings, spec.num_layers, spec.num_experts))
     workers = [
-        _deployment(ExpertWorker, experts_name(shard), settings.replicas, worker_gpus, _ROUTER_CALLS).bind(
-            values, shard, Role.PRIMARY, router
-        )
-        for shard in range(settings.workers)
+        deployment.bind(values, shard, role, router)
+        for shard in range(num_shards)
+        for deployment, role in _worker_deployments(settings, shard, num_shards)
     ]
-    if settings.shadow is not None:
-        workers += [
-            _deployment(ExpertWorker, f"shadow-{shard}", 1, 0, _ROUTER_CALLS).bind(values, shard, Role.SHADOW, router)
-            for shard in range(settings.workers)
-        ]
     if settings.spares:
+        worker_gpus = _gpus(settings.worker.num_gpus)
         workers.append(
             _deployment(WarmSpare, "spares", settings.spares, worker_gpus, _ROUTER_CALLS).bind(values, router)
         )
     return engine.bind(values, router, workers, gatekeeper)
+
+
+def _worker_deployments(settings: Settings, shard: int, num_shards: int) -> Iterator[tuple[Any, Role]]:
+    """A shard's primaries, and its shadow if it has one."""
+    gpus, nodes, shadow_nodes, has_shadow = _gpus(settings.worker.num_gpus), (), (), settings.shadow is not None
+    if settings.layout is not None:
+        planned = settings.layout.shards[shard]
+        gpus, nodes = float(planned.device == "gpu"), planned.nodes
+        has_shadow, shadow_nodes = planned.shadow is not None, (planned.shadow,)
+    replicas = replicas_of(settings, num_shards)[shard]
+    yield _deployment(ExpertWorker, experts_name(shard), replicas, gpus, _ROUTER_CALLS, nodes), Role.PRIMARY
+    if has_shadow:
+        yield _deployment(ExpertWorker, f"shadow-{shard}", 1, 0, _ROUTER_CALLS, shadow_nodes), Role.SHADOW
 
 
 def experts_name(shard_id: int) -> str:
@@ -128,15 +140,20 @@ def _deployment(
     num_replicas: int,
     num_gpus: float,
     max_calls: int,
+    nodes: tuple[str, ...] = (),
     resources: Mapping[str, float] | None = None,
 ) -> Any:
+    """`nodes`: the only ones that it may run on, with an equal number of replicas on each; () leaves it to Ray."""
     # No logical CPUs are reserved: kernels are bound to cores by deployments/cores.py, and two cores are enough.
-    actor_options = {"num_cpus": 0, "num_gpus": num_gpus, "resources": dict(resources or {})}
+    actor_options: dict[str, Any] = {"num_cpus": 0, "num_gpus": num_gpus, "resources": dict(resources or {})}
+    if nodes:
+        actor_options["label_selector"] = node_selector(nodes)
     return serve.deployment(
         cls,
         name=name,
         num_replicas=num_replicas,
         ray_actor_options=actor_options,
+        max_replicas_per_node=per_node(num_replicas, nodes),
         max_ongoing_requests=max_calls,
         # A line for every heartbeat would bury everything else; HTTP requests of engines are worth theirs.
         logging_config=LoggingConfig(enable_access_log=name == ENGINE_NAME),

@@ -17,9 +17,10 @@ import ray
 from ray.experimental import internal_kv
 
 from cluster.blame import Cause
-from cluster.config import parse_settings
+from cluster.config import parse_settings, to_args
 from cluster.expert_load import ExpertLoad
-from cluster.placement import partition
+from cluster.inventory import NODE_LABEL
+from cluster.layout import most_replicas, replicas_of, shards_of
 from cluster.readings import readings
 from cluster.registry import Registry, SpareState
 from cluster.rotation import SECRET_BYTES, Rotation, Secrets
@@ -47,12 +48,15 @@ class ExpertRouter:
     ) -> None:
         settings = parse_settings(args)
         self._model = settings.name
-        shards = partition(num_layers, num_experts, settings.workers)
+        self._layout = to_args(settings)["layout"]
+        shards = shards_of(settings, num_layers, num_experts)
         # Wall-clock milliseconds: a restarted router does not reuse an epoch that engines have already seen.
         epoch = int(time.time() * 1000)
         table = RoutingTable(epoch, model_fingerprint, num_layers, num_experts, shards, ())
-        wanted = {shard.shard_id: settings.replicas for shard in shards} | _wanted_before(model_fingerprint)
-        self._registry = Registry(table, settings.worker_lost_after_s, wanted, time.monotonic(), time.time())
+        wanted = replicas_of(settings, len(shards)) | _wanted_before(model_fingerprint)
+        self._registry = Registry(
+            table, settings.worker_lost_after_s, wanted, time.monotonic(), time.time(), most_replicas(settings)
+        )
         self._experts = ExpertLoad(table)
         self._telemetry = Telemetry(self._experts)
         self._changed = asyncio.Condition()
@@ -93,9 +97,9 @@ class ExpertRouter:
 
     # -- workers --------------------------------------------------------------------------------------------------
 
-    async def register(self, replica: Replica, model_fingerprint: str, memory_bytes: int = 0) -> None:
-        """A worker is ready to serve. Raises ConfigError when it holds another model."""
-        self._registry.register(replica, model_fingerprint, memory_bytes, time.monotonic())
+    async def register(self, replica: Replica, model_fingerprint: str, memory_bytes: int = 0, device: str = "") -> None:
+        """A worker is ready to serve, on a device in words. Raises ConfigError when it holds another model."""
+        self._registry.register(replica, model_fingerprint, memory_bytes, time.monotonic(), device)
         await self._notify()
 
     async def heartbeat(
@@ -255,11 +259,17 @@ class ExpertRouter:
         self._registry.note(kind, subject, text, time.monotonic())
 
     async def status(self) -> dict[str, Any]:
-        """Registry.status(), with the model's name, what workers and engines report, and the table itself."""
+        """Registry.status() with the names of the nodes, the model's, the layout that was asked for, what workers and
+        engines report, and the table itself."""
+        status = self._registry.status(time.monotonic())
+        names = await asyncio.to_thread(_node_names)
+        for each in (*(r for shard in status["shards"] for r in shard["replicas"]), *status["engines"]):
+            each["node_name"] = names.get(each["node"], "")
         return {
             "model": self._model,
             "router": {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()},
-            **self._registry.status(time.monotonic()),
+            **status,
+            "layout": self._layout,
             "secret": {
                 "serial": self._rotation.now.serial,
                 "stage": self._rotation.now.stage,
@@ -302,6 +312,11 @@ class ExpertRouter:
     async def _notify(self) -> None:
         async with self._changed:
             self._changed.notify_all()
+
+
+def _node_names() -> dict[str, str]:
+    """By Ray's node id, for the nodes that have a name."""
+    return {node["NodeID"]: node["Labels"].get(NODE_LABEL, "") for node in ray.nodes()}
 
 
 def _shared_secrets() -> Secrets:

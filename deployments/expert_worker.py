@@ -17,7 +17,7 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.config import Settings, parse_settings
 from cluster.energy import EnergyMeter
-from cluster.placement import partition
+from cluster.layout import shards_of
 from cluster.routing import Endpoint, Replica, ReplicaState, Role, Shard
 from deployments.cores import allowed_cores, worker_cores
 from deployments.energy import meter_of
@@ -46,8 +46,7 @@ class ExpertWorker:
         self._process = WorkerProcess(self._report)
         secrets = await router.secrets.remote()
         try:
-            environment = kernel_environment(cores) | (_NO_GPU if role is Role.SHADOW else {})
-            await self._process.start(environment)
+            await self._process.start(kernel_environment(cores) | _device_environment(settings, shard_id, role))
             ready = await self._process.load(settings, shard_of(settings, shard_id), len(cores), secrets)
             replica = _replica(self._replica_id, shard_id, role, self._process.pid, ready)
             energy = _energy_meter(settings, self._process.pid)
@@ -158,7 +157,12 @@ class WarmSpare:
         self._router.report.remote(self._replica_id, stage)
 
 
-_NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+def _device_environment(settings: Settings, shard_id: int, role: Role) -> dict[str, str]:
+    """No GPU is seen by what shall live in host memory."""
+    in_host_memory = role is Role.SHADOW
+    if settings.layout is not None:
+        in_host_memory |= settings.layout.shards[shard_id].device == "cpu"
+    return {"CUDA_VISIBLE_DEVICES": ""} if in_host_memory else {}
 
 
 def _has_failed(task: "asyncio.Task[None] | None") -> bool:
@@ -198,4 +202,4 @@ def shard_of(settings: Settings, shard_id: int) -> Shard:
 
     spec = inspect_checkpoint(settings.model, settings.dtype)
     assert spec is not None, "build_app starts workers for checkpoints with experts only"
-    return partition(spec.num_layers, spec.num_experts, settings.workers)[shard_id]
+    return shards_of(settings, spec.num_layers, spec.num_experts)[shard_id]

@@ -76,7 +76,8 @@ class Tenure:
         await self._process.stop()
 
     async def _register(self) -> None:
-        await self._router.register.remote(self._replica, self._ready["fingerprint"], self._ready["memory_bytes"])
+        ready = self._ready
+        await self._router.register.remote(self._replica, ready["fingerprint"], ready["memory_bytes"], ready["device"])
 
     async def _leave(self, why: str) -> None:
         # Without a router the table stays as it is, and the next router will not hear of this worker.

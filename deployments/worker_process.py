@@ -48,7 +48,7 @@ class WorkerProcess:
         await self._receive_until("warm")
 
     async def load(self, settings: Settings, shard: Shard, num_threads: int, secrets: Secrets) -> dict[str, Any]:
-        """Load a shard and serve it: {"endpoint", "fingerprint", "memory_bytes"}. Raises WorkerFailed."""
+        """Load a shard and serve it: {"endpoint", "fingerprint", "memory_bytes", "device"}. Raises WorkerFailed."""
         await self._send(
             {
                 "model": settings.model,

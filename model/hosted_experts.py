@@ -116,7 +116,8 @@ def _build_on_meta(config: VllmConfig, hosting: _Hosting) -> torch.nn.Module:
 class HostedExperts:
     """The experts of one shard, ready to compute. One per process: it owns the process's vLLM state.
 
-    `layers` maps the MoE-layer ordinal to vLLM's layer; `memory_bytes` is what the experts' parameters take.
+    `layers` maps the MoE-layer ordinal to vLLM's layer; `memory_bytes` is what the experts' parameters take, `device`
+    where they are, in words: "cpu", or "cuda:0" with the card's name.
     """
 
     def __init__(self, spec: MoeSpec, shard: Shard, layers: dict[int, RoutedExperts]):
@@ -124,6 +125,7 @@ class HostedExperts:
         self.shard = shard
         self.layers = layers
         self.memory_bytes = sum(parameter.nbytes for layer in layers.values() for parameter in layer.parameters())
+        self.device = _describe(next(parameter.device for layer in layers.values() for parameter in layer.parameters()))
         self._sum = Accumulator(spec.hidden_size, max_tokens=1)
         self._direct = {ordinal: _direct_kernel(layer) for ordinal, layer in layers.items()}
 
@@ -202,6 +204,10 @@ class HostedExperts:
         x_TD = torch.nn.functional.pad(x_TD.to(device), (0, padding)) if padding else x_TD.to(device)
         result_TD = experts.forward_modular(x_TD, weights_TK.to(device), ids_TK.to(device))
         out_TD.copy_(result_TD[:, : out_TD.shape[1]])
+
+
+def _describe(device: torch.device) -> str:
+    return f"{device} {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
 
 
 def _bits(x_TD: torch.Tensor) -> np.ndarray:

@@ -10,10 +10,10 @@ Its parent speaks JSON lines. On stdin, first the order (see Order), then comman
             {"command": "stats" | "load" | "metrics" | "drain"} or {"command": "secrets", "accepted": [hex, ..]}
     stdout  {"stage": text}          while loading
             {"warm": {}}             the spare may be given an order
-            {"ready": {"endpoint": {..}, "fingerprint", "memory_bytes"}}
+            {"ready": {"endpoint": {..}, "fingerprint", "memory_bytes", "device"}}
             {"failed": text}         loading failed; the process exits
-            answers, in order: {"stats": {..}} {"load": {"tokens", "messages", "waiting", "device": text,
-            "fault": empty if sound, "expert_tokens": see cluster/expert_load.py}}
+            answers, in order: {"stats": {..}} {"load": {"tokens", "messages", "waiting", "fault": empty if
+            sound, "expert_tokens": see cluster/expert_load.py}}
             {"metrics": {..}} (cluster/measures.py) {"drained": bool}, false if something taken was not answered in time
             {"secrets": {}}          from now on engines prove one of those
 End of stdin means that the parent is gone or wants it to stop: the worker answers what it has taken and exits.
@@ -52,14 +52,13 @@ def main() -> int:
         if order is None:
             return 0
         server, ready = _load(order, lambda stage: report(stage=stage))
-        device = _device(order["num_threads"])
     # The top of this process: whatever stopped the loading is for the parent to tell, the traceback for the log.
     except Exception as error:
         traceback.print_exc()
         report(failed=str(error) if isinstance(error, SwitchyardError) else f"{type(error).__name__}: {error}")
         return 1
     report(ready=ready)
-    threading.Thread(target=_obey, args=(server, device, report), daemon=True).start()
+    threading.Thread(target=_obey, args=(server, report), daemon=True).start()
     server.serve_forever()
     return 0
 
@@ -149,25 +148,19 @@ def _load(order: dict[str, Any], progress) -> tuple[Any, dict[str, Any]]:
         "endpoint": dataclasses.asdict(server.endpoint),
         "fingerprint": spec.fingerprint,
         "memory_bytes": hosted.memory_bytes,
+        "device": hosted.device,
     }
     return server, ready
 
 
-def _device(num_threads: int) -> str:
-    """What computes, for people."""
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {num_threads} threads"
-
-
-def _obey(server: Any, device: str, report) -> None:
+def _obey(server: Any, report) -> None:
     for line in sys.stdin:
         order = json.loads(line)
         command = order["command"]
         if command == "stats":
             report(stats=server.stats())
         elif command == "load":
-            report(load={**server.load(), "device": device, "fault": _fault(server)})
+            report(load={**server.load(), "fault": _fault(server)})
         elif command == "metrics":
             report(metrics=server.metrics())
         elif command == "drain":

@@ -14,6 +14,8 @@ from cluster.errors import ConfigError, SwitchyardError
 # name -> (module, one line for --help)
 COMMANDS = {
     "serve": ("ops.serve", "start a model on this machine and serve it over HTTP"),
+    "plan": ("ops.plan", "say whether a model fits, what runs where, how fast; write the ray-config.yaml"),
+    "simulate": ("ops.simulate", "predict how a planned cluster behaves under a load, and when nodes are lost"),
     "up": ("ops.up", "start the head of a cluster of several machines, and serve a model on it"),
     "join": ("ops.join", "give this machine to a cluster"),
     "down": ("ops.down", "stop a cluster, or take this machine out of one"),

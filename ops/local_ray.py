@@ -19,7 +19,9 @@ from typing import Any
 import psutil
 
 from cluster.addresses import is_loopback
+from cluster.inventory import NODE_LABEL
 from deployments import shared_memory
+from deployments.machine import node_name
 from ops import haproxy, processes
 from ops.beacon import EVERY_S, KEY, own_beacon
 from ops.node_environment import ENGINE_PORTS, RAY_PORT, make_token, node_environment
@@ -92,6 +94,7 @@ class LocalRay:
             object_store_memory=_OBJECT_STORE_BYTES,
             log_to_driver=False,
             logging_level=logging.ERROR,
+            labels={NODE_LABEL: node_name()},
             _node_ip_address=self._node.address,
             _temp_dir=str(self._folder / "ray"),
         )

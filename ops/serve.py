@@ -17,6 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ConfigError
+from cluster.layout import num_workers
 from ops.exposure import checked_pem, with_checked_exposure
 from ops.ports import check_port
 from ops.serve_config import ServeConfig, read_serve_config
@@ -196,11 +197,13 @@ def base_url(config: ServeConfig) -> str:
 def _checked_plan(config: ServeConfig, is_alone: bool) -> Any:
     """Everything that can be known to fail, before anything is started. Raises ConfigError."""
     from deployments.app import make_plan
-    from ops.checks import check_compiler, check_memory
+    from deployments.machine import node_name
+    from ops.checks import check_compiler, check_memory, check_nodes
 
     plan = make_plan(config.args)
     check_compiler(plan)
-    if is_alone:  # else other machines have memory too
+    if is_alone:  # else other machines have memory too, and other names
+        check_nodes(plan, node_name())
         check_memory(plan)
     return plan
 
@@ -211,11 +214,11 @@ def describe(plan: Any) -> str:
     engines = f"{settings.engines} engine{'s' * (settings.engines > 1)}"
     if spec is None:
         return f"{settings.name}: a dense model, {engines}, no expert workers"
-    workers = f"{settings.workers} expert worker{'s' * (settings.workers > 1)}"
-    copies = f" x {settings.replicas} copies" if settings.replicas > 1 else ""
+    count = num_workers(settings)
+    workers = f"{count} expert worker{'s' * (count > 1)}"
     return (
         f"{settings.name}: {spec.num_experts} experts in {spec.num_layers} layers, top {spec.top_k}; "
-        f"{engines}, {workers}{copies}"
+        f"{engines}, {workers}"
     )
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from cluster.layout import num_workers
 from ops.serve_config import ServeConfig
 
 _POLL_S = 0.5
@@ -84,7 +85,7 @@ class Startup:
         workers = [stage for source, stage in progress.items() if source.startswith("experts-")]
         engines = [stage for source, stage in progress.items() if source.startswith("engine-")]
         return (
-            f"workers: {count_stages(workers, settings.workers * settings.replicas)}; "
+            f"workers: {count_stages(workers, num_workers(settings))}; "
             f"engines: {count_stages(engines, settings.engines)}"
         )
 
