@@ -24,7 +24,7 @@ from deployments.expert_worker import ExpertWorker, WarmSpare
 from deployments.gatekeeper import Gatekeeper
 from deployments.models import check_licence, resolve_model
 from model.expert_weights import is_expert_tensor
-from model.int8_experts import loaded_bytes_per_stored
+from model.integer_experts import loaded_bytes_per_stored
 from model.moe_spec import MoeSpec, inspect_checkpoint, read_header_or_raise, weight_files
 
 APP_NAME = "switchyard"
@@ -122,13 +122,13 @@ def experts_name(shard_id: int) -> str:
 
 
 def _sizes(model: str) -> tuple[int, int]:
-    """Bytes of all tensors of the checkpoint, and of its routed experts; int8 ones count as what they are loaded as."""
+    """Bytes of all tensors of the checkpoint, and of its routed experts; integers count as what they are loaded as."""
     total = experts = 0
     for path in weight_files(Path(model)):
         factor = loaded_bytes_per_stored(path)
         for name, entry in read_header_or_raise(path).items():
             low, high = cast(tuple[int, int], entry["data_offsets"])
-            num_bytes = (high - low) * (factor if entry["dtype"] == "I8" else 1)
+            num_bytes = (high - low) * (factor if entry["dtype"] == "I32" else 1)
             total += num_bytes
             experts += num_bytes * is_expert_tensor(name)
     return total, experts

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 
 from cluster.config import Settings
 from cluster.errors import ConfigError
+from model.quantised import engine_args
 from model.tokenizer_files import tokenizer_args
 
 _GIB = 1 << 30
@@ -61,6 +62,7 @@ def engine_arguments(settings: Settings, *, remote_experts: bool, kv_cache_bytes
     if remote_experts:
         from model.partial_loading import DENSE_LOAD_FORMAT
 
+        arguments |= engine_args(settings.model)
         arguments["load_format"] = DENSE_LOAD_FORMAT
         arguments["worker_extension_cls"] = "model.remote_experts.LayerCallStats"
     return {**arguments, **tokenizer_args(settings.model), **engine.vllm}

@@ -38,7 +38,7 @@ check_machine() {
 # Installed is what this prints: the same locks, project file, interpreter and place.
 fingerprint() {
     {
-        cat "requirements-$kind.lock" pyproject.toml ops/install.sh cluster/*.c
+        cat "requirements-$kind.lock" pyproject.toml ops/install.sh {cluster,model}/*.[ch]
         [ -z "$tests" ] || cat requirements-test.lock
         "$1" -V
         pwd
