@@ -45,12 +45,13 @@ fingerprint() {
     } | sha256sum | cut -d' ' -f1
 }
 
-# The console is tested in a real browser. Without the rights to install one, its tests say what to install.
-install_chromium() {
-    if command -v chromium >/dev/null || [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then return; fi
-    echo "installing chromium, in which the console is tested"
-    { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium; } >/dev/null 2>&1 ||
-        echo "chromium could not be installed; the console's tests will fail"
+# Programs that tests need and no Python package has. Without the rights to install one, its tests say what to install.
+install_debian() {
+    local program=$1 package=$2 purpose=$3
+    if command -v "$program" >/dev/null || [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then return; fi
+    echo "installing the Debian package $package, $purpose"
+    { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$package"; } \
+        >/dev/null 2>&1 || echo "switchyard: $package could not be installed; its tests will fail." >&2
 }
 
 make_venv() {
@@ -89,19 +90,12 @@ install_torch_cpu() {
         fail "$line could not be installed, neither from pip's configured sources nor from $torch_cpu_index."
 }
 
-# promtool checks the alert rules in the tests.
-install_promtool() {
-    if command -v promtool >/dev/null; then return; fi
-    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-        echo "installing the Debian package prometheus, for promtool"
-        { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends prometheus; } \
-            >/dev/null 2>&1 || echo "switchyard: prometheus could not be installed; the test of the alert rules will fail." >&2
-    fi
-}
-
 case $kind in cpu | gpu) ;; *) fail "usage: ops/install.sh cpu|gpu [test]" ;; esac
 check_machine
-[ -z "$tests" ] || install_chromium
+if [ -n "$tests" ]; then
+    install_debian chromium chromium "in which the console is tested"
+    install_debian promtool prometheus "whose promtool checks the alert rules"
+fi
 python=$(find_python)
 stamp=$venv/.installed-$kind${tests:+-test}
 wanted=$(fingerprint "$python")
@@ -121,7 +115,6 @@ done
 rm -f "$venv"/.installed-*
 
 started=$SECONDS
-[ -z "$tests" ] || install_promtool
 [ "$kind" = gpu ] || install_torch_cpu
 locked=$(mktemp)
 trap 'rm -f "$locked"' EXIT

@@ -16,6 +16,8 @@ import psutil
 from cluster.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
+
     from cluster.dispatcher import Dispatcher
 
 ENGINE_ID = "bench"
@@ -44,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens", type=int, nargs="+", default=[1, 32], metavar="T", help="tokens of a call (default 1 32)"
     )
     parser.add_argument("--hidden", type=int, default=1024, metavar="D", help="hidden size (default 1024)")
+    parser.add_argument("--device", default="cpu", help="where the engine's tensors are: cpu or cuda (%(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
@@ -51,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure and print. Raises ConfigError for counts below 1."""
     if min(arguments.calls, arguments.hidden, *arguments.tokens) < 1:
         raise ConfigError("--calls, --tokens and --hidden: must be 1 or more.")
-    costs = measure(arguments.hidden, arguments.tokens, arguments.calls)
+    costs = measure(arguments.hidden, arguments.tokens, arguments.calls, _device(arguments.device))
     if arguments.json:
         print(json.dumps([vars(cost) for cost in costs]))
         return 0
@@ -64,7 +67,17 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def measure(hidden: int, sizes: Sequence[int], num_calls: int) -> list[Cost]:
+def _device(name: str) -> "torch.device":
+    import torch
+
+    if name not in ("cpu", "cuda"):
+        raise ConfigError(f"--device: {name} is neither cpu nor cuda.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: PyTorch sees no GPU here.")
+    return torch.device(name)
+
+
+def measure(hidden: int, sizes: Sequence[int], num_calls: int, device: "torch.device") -> list[Cost]:
     """`num_calls` calls of each size, one after the other, to a worker in a process of its own."""
     import torch
 
@@ -88,24 +101,32 @@ def measure(hidden: int, sizes: Sequence[int], num_calls: int) -> list[Cost]:
     try:
         dispatcher.update(shape.table(1, shards, [worker.replica("toy")]))
         worker_process = psutil.Process(worker.process.pid)
-        return [_cost(dispatcher, worker_process, shape.top_k, hidden, size, num_calls) for size in sizes]
+        return [_cost(dispatcher, worker_process, shape.top_k, hidden, size, num_calls, device) for size in sizes]
     finally:
         dispatcher.close()
         worker.kill()
 
 
 def _cost(
-    dispatcher: "Dispatcher", worker: psutil.Process, top_k: int, hidden: int, num_tokens: int, num_calls: int
+    dispatcher: "Dispatcher",
+    worker: psutil.Process,
+    top_k: int,
+    hidden: int,
+    num_tokens: int,
+    num_calls: int,
+    device: "torch.device",
 ) -> Cost:
     import torch
 
-    x_TD = torch.ones(num_tokens, hidden, dtype=torch.bfloat16)
-    weights_TK = torch.full((num_tokens, top_k), 1 / top_k)
-    ids_TK = torch.arange(top_k, dtype=torch.int32).repeat(num_tokens, 1)
+    x_TD = torch.ones(num_tokens, hidden, dtype=torch.bfloat16, device=device)
+    weights_TK = torch.full((num_tokens, top_k), 1 / top_k, device=device)
+    ids_TK = torch.arange(top_k, dtype=torch.int32, device=device).repeat(num_tokens, 1)
     out_TD = torch.empty_like(x_TD)
 
     def call() -> None:
         dispatcher.finish(dispatcher.start(0, x_TD, weights_TK, ids_TK, ring=False), out_TD)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
 
     for _ in range(_WARM_UP_CALLS):
         call()
