@@ -21,20 +21,17 @@ The secret comes by stdin so that it is in no environment, command line or file.
 
 import ctypes
 import dataclasses
-import importlib
 import json
 import os
 import signal
 import sys
 import threading
 import traceback
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TextIO
 
 from cluster.errors import IntegrityError, SwitchyardError
 from cluster.routing import Shard
 
-_BACKGROUND_NICENESS = 10
 _DRAIN_LIMIT_S = 4.0  # less than the parent waits for the answer (deployments/expert_worker.py)
 
 
@@ -63,24 +60,9 @@ def main() -> int:
     return 0
 
 
-def _import_in_the_background() -> None:
-    """Import vLLM, most of what starting costs, in a thread that yields to whoever serves on the same cores meanwhile.
-
-    On Linux a priority is a thread's (setpriority(2)); the threads of the kernels are the main thread's children.
-    """
-
-    def import_it() -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BACKGROUND_NICENESS)
-        importlib.import_module("model.hosted_experts")
-
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(import_it).result()
-
-
 def _order(report) -> dict[str, Any] | None:
     """The order, for a spare after it has warmed up; None when stdin ends first."""
     order = json.loads(sys.stdin.readline())
-    _import_in_the_background()
     if "warm" in order:
         from model.hosted_experts import warm_up
 

@@ -68,7 +68,7 @@ class FaultLoad:
         self._streams = streams
         self._raw: list[tuple[Answer, list[bytes], int]] = []
         self._num_done = [0] * streams
-        self._stopping = False
+        self._num_wanted = streams
         self._failure: BaseException | None = None
         self._numbers = count()
         self._thread = threading.Thread(target=self._run, name="fault-load")
@@ -81,7 +81,7 @@ class FaultLoad:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Lets every stream finish the request it is at."""
-        self._stopping = True
+        self._num_wanted = 0
         self._thread.join()
         if self._failure is not None and error is None:
             raise self._failure
@@ -92,6 +92,10 @@ class FaultLoad:
         return [
             _parsed(answer, payloads, status, self._question.output_tokens) for answer, payloads, status in self._raw
         ]
+
+    def thin_out(self) -> None:
+        """Let all streams but the first end with the request that they are at."""
+        self._num_wanted = 1
 
     def wait_answers(self, per_stream: int, timeout_s: float) -> bool:
         """Wait until every stream has ended so many more requests; False if that took too long."""
@@ -118,7 +122,7 @@ class FaultLoad:
                 group.create_task(self._one_stream(session, stream))
 
     async def _one_stream(self, session: aiohttp.ClientSession, stream: int) -> None:
-        while not self._stopping:
+        while stream < self._num_wanted:
             answer = Answer(next(self._numbers) % len(self._question.prompts), time.monotonic())
             payloads: list[bytes] = []
             status = await self._ask(session, answer, payloads)

@@ -117,6 +117,11 @@ def online(shard: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [r for r in shard["replicas"] if r["state"] == "online" and r["role"] == "primary"]
 
 
+def served_by(status: Status) -> set[str]:
+    """The ids of all replicas that are asked."""
+    return {replica["id"] for shard in status["shards"] for replica in online(shard)}
+
+
 def messages_served(status: Status) -> dict[str, int]:
     """By replica id."""
     return {r["id"]: int(r["load"].get("messages", 0)) for shard in status["shards"] for r in shard["replicas"]}

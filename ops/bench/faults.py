@@ -26,7 +26,7 @@ from cluster.sabotage import Fault
 from ops.api_client import ApiClient
 from ops.bench import sides
 from ops.bench.fault_load import FaultLoad, Question
-from ops.bench.fault_row import REPLACED, Row, Status, Window, is_whole, make_row, messages_served, table
+from ops.bench.fault_row import REPLACED, Row, Status, Window, is_whole, make_row, messages_served, served_by, table
 from ops.bench.fault_strikes import Victim, strike, victims
 from ops.bench.load import Workload
 from ops.bench.make_model import ModelShape, make_model
@@ -82,27 +82,32 @@ def run_row(
     streams: int,
     rounds: int = 1,
     most_strikes: int = sys.maxsize,
+    relief: bool = False,
 ) -> Row:
-    """One fault under one load. Raises NotRecovered, or StrikeFailed when there was nothing to recover from."""
+    """One fault under one load; with `relief` one stream is left of it as soon as the victim is out of the way.
+
+    Raises NotRecovered, or StrikeFailed when there was nothing to recover from.
+    """
     ordeal = Ordeal(cluster, fault)
     load = FaultLoad(question, streams)
     with load:
-        flows(load, 1)
+        _flow(load, 1)
         calm_s = time.monotonic()
-        flows(load, 2)
+        _flow(load, 2)
         struck_s = time.monotonic()
         times_s: list[float] = []
         for _ in range(rounds):
             for victim in victims(fault, cluster.status())[: most_strikes - len(times_s)]:
-                times_s.append(ordeal.undergo(victim, load))
+                times_s.append(ordeal.undergo(victim, load, relief))
         whole_s = time.monotonic()
-        flows(load, 1)
+        if not relief:
+            _flow(load, 1)
     problems = [f"{check['subject']}: {check['text']}" for check in cluster.check_integrity() if not check["ok"]]
     window = Window(calm_s, struck_s, whole_s, max(times_s), len(times_s))
     return make_row(fault, streams, window, load.answers, expected, [*ordeal.problems, *problems])
 
 
-def flows(load: FaultLoad, answers: int) -> None:
+def _flow(load: FaultLoad, answers: int) -> None:
     """Wait until every stream has had so many more answers. Raises NotRecovered."""
     if not load.wait_answers(answers, _ANSWER_LIMIT_S):
         raise NotRecovered(f"streams wait for more than {_ANSWER_LIMIT_S:.0f} s for their answers")
@@ -119,7 +124,7 @@ class Ordeal:
         self._epoch = status["epoch"]
         self.problems: list[str] = []
 
-    def undergo(self, victim: Victim, load: FaultLoad) -> float:
+    def undergo(self, victim: Victim, load: FaultLoad, relief: bool) -> float:
         """Strike, and wait until all is whole again; returns the seconds that took. Raises NotRecovered."""
         served = messages_served(self._cluster.status())
         begin_s = time.monotonic()
@@ -127,16 +132,19 @@ class Ordeal:
             if self._fault is Fault.SLOW:
                 load.wait_answers(2, _ENDURED_S)
             if self._fault in REPLACED:
-                self._wait_whole(victim, served)
-        self._wait_whole(victim, served)
+                self._wait("out of the way", lambda status: victim.id not in served_by(status))
+        if relief:
+            _flow(load, 1)
+            load.thin_out()
+        self._wait("whole", lambda status: is_whole(status, self._fault, victim.id, served, self._num_engines))
         return time.monotonic() - begin_s
 
-    def _wait_whole(self, victim: Victim, served: dict[str, int]) -> None:
+    def _wait(self, what: str, condition: Callable[[Status], bool]) -> None:
         deadline_s = time.monotonic() + _RECOVERY_LIMIT_S
         status: Status | None = None
-        while status is None or not is_whole(status, self._fault, victim.id, served, self._num_engines):
+        while status is None or not condition(status):
             if time.monotonic() > deadline_s:
-                raise NotRecovered(f"{self._fault.value} of {victim.id}: not whole again, but {json.dumps(status)}")
+                raise NotRecovered(f"{self._fault.value}: not {what} in time, but {json.dumps(status)}")
             time.sleep(_LOOK_EVERY_S)
             status = self._look()
 
