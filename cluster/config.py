@@ -10,7 +10,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -43,7 +43,7 @@ class EngineSettings:
     enforce_eager: bool = False
     """Skip torch.compile: starts sooner, runs slower."""
     log_prompts: bool = False
-    """Write prompts and answers to the engine's log. Off, because they belong to the users."""
+    """Write prompts and answers to the engine's log, and let it leave core files. Off: they belong to the users."""
     vllm: Mapping[str, Any] = field(default_factory=dict)
     """More arguments of vLLM's engine by their Python names, for example {seed: 1, quantization: fp8}."""
 
@@ -56,10 +56,40 @@ class WorkerSettings:
     """Threads of its kernels. None: this host's cores divided by `workers`, at least 1."""
     num_gpus: float | None = _number(None, least=0)
     """GPUs reserved for each worker (Ray's num_gpus). None: 1 where PyTorch sees a GPU, else 0."""
-    host: str = "127.0.0.1"
-    """Address its TCP port binds to. Engines on other hosts need one that they can reach."""
+    host: str = "auto"
+    """Address its TCP port binds to. auto: its machine's in the Ray cluster, loopback under `switchyard serve`."""
+    tls: str = "auto"
+    """auto: TLS with a certificate of its own unless `host` is loopback; off; or a PEM file, certificate and key."""
     fault_injection: bool = False
     """Let processes of the same user order faults of it, as `switchyard bench faults` does. Not for production."""
+
+
+@dataclass(frozen=True)
+class ShardSettings:
+    """One shard of an explicit layout: what it holds, and where its replicas run."""
+
+    layers: tuple[int, ...]
+    """[first, end) of the MoE layers, counted from 0."""
+    experts: tuple[int, ...]
+    """[first, end) of the experts of each of these layers."""
+    nodes: tuple[str, ...]
+    """Nodes by name (the Ray label switchyard-node). Replicas divide evenly among them, and go nowhere else."""
+    device: Literal["gpu", "cpu"] = "gpu"
+    """gpu: every replica has a card of its own; cpu: host memory."""
+    replicas: int = _number(1, least=1)
+    """Copies, a count; a multiple of the number of nodes."""
+    shadow: str | None = None
+    """The node of one more copy in host memory, asked only while no replica can be. None: no such copy."""
+
+
+@dataclass(frozen=True)
+class LayoutSettings:
+    """Which shard and which engine runs where, node by node, as `switchyard plan` writes it (cluster/layout.py)."""
+
+    shards: tuple[ShardSettings, ...]
+    """Together they hold every expert of every layer exactly once."""
+    engine_nodes: tuple[str, ...]
+    """Nodes of the engines, which divide evenly among them."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +120,14 @@ class Settings:
     """Seconds that engines and workers may take to become ready."""
     worker_lost_after_s: float = _number(5.0, above=0)
     """Seconds without a heartbeat after which the router takes a worker for gone (it sends one every second)."""
+    api_keys: str | None = None
+    """File of the API keys that HTTP asks for (`switchyard keys`), on the head node. None: no keys are asked for."""
+    allow_anonymous: bool = False
+    """Serve everybody without a key even where other machines can reach HTTP."""
+    metrics: bool = True
+    """Count and time layer calls, requests and energy, and serve the whole cluster's metrics at /metrics."""
+    layout: LayoutSettings | None = None
+    """Where everything runs, in place of `workers`, `replicas` and `shadow`. None: Ray finds room."""
     engine: EngineSettings = field(default_factory=EngineSettings)
     worker: WorkerSettings = field(default_factory=WorkerSettings)
 
@@ -139,7 +177,7 @@ def _parse(cls: type, values: Mapping[str, Any], path: str) -> Any:
     hints = _hints(cls)
     for key in values:
         if key not in hints:
-            raise ConfigError(_unknown(str(key), path))
+            raise ConfigError(_unknown(str(key), path, hints))
     fields = {item.name: item for item in dataclasses.fields(cls)}
     for name, item in fields.items():
         if item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING and name not in values:
@@ -148,21 +186,29 @@ def _parse(cls: type, values: Mapping[str, Any], path: str) -> Any:
 
 
 def _convert(wanted: Any, value: Any, path: str, metadata: Mapping[str, Any]) -> Any:
+    if typing.get_origin(wanted) in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        wanted = next(kind for kind in typing.get_args(wanted) if kind is not type(None))
     if dataclasses.is_dataclass(wanted):
         if value is None:
             value = {}
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path}: must be a mapping of settings, not {_kind(value)}.")
         return _parse(typing.cast(type, wanted), value, path + ".")
-    if typing.get_origin(wanted) in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        wanted = next(kind for kind in typing.get_args(wanted) if kind is not type(None))
+    if typing.get_origin(wanted) is tuple:
+        return _items(typing.get_args(wanted)[0], value, path)
     if typing.get_origin(wanted) is Literal:
         return _choice(typing.get_args(wanted), value, path)
     if typing.get_origin(wanted) is Mapping:
         return _mapping(value, path)
     return _in_range(_scalar(wanted, value, path), path, metadata)
+
+
+def _items(wanted: Any, value: Any, path: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"{path}: must be a list, not {_kind(value)}.")
+    return tuple(_convert(wanted, item, f"{path}[{place}]", {}) for place, item in enumerate(value))
 
 
 def _scalar(wanted: type, value: Any, path: str) -> Any:
@@ -199,9 +245,10 @@ def _mapping(value: Any, path: str) -> dict[str, Any]:
     return dict(value)
 
 
-def _unknown(key: str, path: str) -> str:
-    """Names the nearest valid key, wherever in the tree it is."""
-    last_of = {name: name.rsplit(".", 1)[-1] for name in setting_names()}
+def _unknown(key: str, path: str, siblings: Iterable[str]) -> str:
+    """Names the nearest valid key: wherever in the tree it is, but among its siblings in a layout's lists."""
+    names = [path + name for name in siblings] if path.startswith("layout") else list(setting_names())
+    last_of = {name: name.rsplit(".", 1)[-1] for name in names}
     exact = [name for name, last in last_of.items() if last == key.replace("-", "_")]
     near = difflib.get_close_matches(key, last_of.values(), n=1, cutoff=0.0)
     nearest = exact or [name for name, last in last_of.items() if last == near[0]]

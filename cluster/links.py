@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+from cluster.auth import Secret, current
 from cluster.blame import Cause, Suspicions
 from cluster.connect import connect
 from cluster.errors import Closed, ConnectionLost, DataPlaneError, InvalidTable, Malformed, Refused, WrongSecret
@@ -38,7 +39,7 @@ class Links:
         self,
         agreement: Agreement,
         engine_id: str,
-        secret: bytes,
+        secret: Secret,
         suspicions: Suspicions,
         on_reply: OnReply,
         on_down: OnDown,
@@ -153,7 +154,7 @@ class Links:
                 self._agreement,
                 self._engine_id,
                 table.model_fingerprint,
-                self._secret,
+                current(self._secret),
                 _CONNECT_TIMEOUT_S,
             )
         except (Refused, WrongSecret) as e:

@@ -14,10 +14,11 @@ from typing import Any
 
 from cluster.blame import Cause
 from cluster.errors import ConfigError
+from cluster.events import EventLog
 from cluster.membership import Membership
+from cluster.outages import Outages
 from cluster.routing import Replica, ReplicaState, Role, RoutingTable
 
-MAX_EVENTS = 1000
 # A spare stays until a primary of its shard has been there for so long: not to leave with the next crash.
 _RELEASE_AFTER_S = 2.0
 _ACCUSATIONS_KEPT_S = 60.0
@@ -54,6 +55,7 @@ class Worker:
 
     since_s: float
     memory_bytes: int = 0
+    device: str = ""
     load: Mapping[str, Any] = field(default_factory=dict)
     shall_leave: bool = False
 
@@ -83,35 +85,30 @@ class Engine:
     load: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Event:
-    """Something that people may want to know; `time_s` is Unix time."""
-
-    time_s: float
-    kind: str
-    subject: str
-    text: str
-
-    def to_json(self) -> dict[str, Any]:
-        return {"time_s": self.time_s, "kind": self.kind, "subject": self.subject, "text": self.text}
-
-
 class Registry:
-    """One application's. `wall_s` is the Unix time of `now_s`; `wanted` the replicas of each shard."""
+    """One application's. `wall_s` is the Unix time of `now_s`; `wanted` the replicas of each shard, `most` how many of
+    them its nodes have room for, where that is limited."""
 
     def __init__(
-        self, table: RoutingTable, lost_after_s: float, wanted: Mapping[int, int], now_s: float, wall_s: float
+        self,
+        table: RoutingTable,
+        lost_after_s: float,
+        wanted: Mapping[int, int],
+        now_s: float,
+        wall_s: float,
+        most: Mapping[int, int] | None = None,
     ) -> None:
         self._membership = Membership(table, lost_after_s)
         self._lost_after_s = lost_after_s
         self._start_s = now_s
-        self._wall_offset_s = wall_s - now_s
         self._wanted = dict(wanted)
+        self._most = dict(most or {})
         self._workers: dict[str, Worker] = {}
         self._spares: dict[str, Spare] = {}
         self._engines: dict[str, Engine] = {}
         self._accusations: deque[tuple[float, str, str, Cause]] = deque(maxlen=10_000)
-        self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
+        self.events = EventLog(wall_s - now_s)
+        self.outages = Outages()
         self._served: set[int] = set()  # shards that had a worker once
         self._missing: set[int] = set()  # of those, the ones that have none now
         self._was_complete = False
@@ -144,12 +141,18 @@ class Registry:
 
     # -- workers --------------------------------------------------------------------------------------------------
 
-    def register(self, replica: Replica, model_fingerprint: str, memory_bytes: int, now_s: float) -> None:
-        """A worker is ready to serve. Raises ConfigError when it holds another model, InvalidTable for its shard."""
+    def register(
+        self, replica: Replica, model_fingerprint: str, memory_bytes: int, now_s: float, device: str = ""
+    ) -> None:
+        """A worker is ready to serve, on a device in words.
+
+        Raises ConfigError when it holds another model, InvalidTable for its shard.
+        """
         if model_fingerprint != self.table.model_fingerprint:
             self.note("worker_refused", replica.replica_id, f"holds model {model_fingerprint}", now_s)
         self._membership.register(replica, model_fingerprint, now_s)
-        self._workers.setdefault(replica.replica_id, Worker(now_s)).memory_bytes = memory_bytes
+        worker = self._workers.setdefault(replica.replica_id, Worker(now_s))
+        worker.memory_bytes, worker.device = memory_bytes, device
         spare = self._spares.get(replica.replica_id)
         if spare is not None:
             spare.state = SpareState.SERVING
@@ -166,7 +169,7 @@ class Registry:
 
     def drain(self, replica_id: str, now_s: float) -> None:
         """The worker takes nothing new and is about to leave."""
-        replica = self._replica(replica_id)
+        replica = self.replica(replica_id)
         if replica is not None and replica.state is ReplicaState.ONLINE:
             self._membership.drain(replica_id)
             self.note("worker_draining", replica_id, f"shard {replica.shard_id}", now_s)
@@ -174,14 +177,14 @@ class Registry:
 
     def retire(self, replica_id: str, now_s: float) -> None:
         """Have a worker drain and end. Raises ConfigError for one that is not in the table."""
-        if self._replica(replica_id) is None:
+        if self.replica(replica_id) is None:
             raise ConfigError(f"there is no worker {replica_id}; `switchyard status` lists them")
         self.drain(replica_id, now_s)
         self._workers[replica_id].shall_leave = True
 
     def leave(self, replica_id: str, why: str, now_s: float) -> None:
         """A worker has ended, in order or not. Unknown ids are no error."""
-        replica = self._replica(replica_id)
+        replica = self.replica(replica_id)
         if replica is None:
             return
         self._membership.leave(replica_id)
@@ -210,7 +213,7 @@ class Registry:
 
     def accused(self, engine_id: str, replica_id: str, cause: Cause, now_s: float) -> None:
         """An engine accuses a replica. Condemned, it has to leave; Serve starts another in its place."""
-        replica = self._replica(replica_id)
+        replica = self.replica(replica_id)
         if replica is None:
             return
         self.note("worker_suspected", replica_id, f"{cause.value}, says {engine_id}", now_s)
@@ -306,6 +309,11 @@ class Registry:
         engine.state, engine.heard_s, engine.load = state, now_s, load or {}
         return self._num_checks
 
+    @property
+    def engine_ids(self) -> tuple[str, ...]:
+        """Every engine that lives."""
+        return tuple(self._engines)
+
     def engine_checked(self, engine_id: str, number: int, fault: str) -> None:
         """An engine has done integrity check `number`."""
         if engine_id in self._engines:
@@ -333,7 +341,7 @@ class Registry:
 
     def note(self, kind: str, subject: str, text: str, now_s: float) -> None:
         """Add an event."""
-        self._events.append(Event(now_s + self._wall_offset_s, kind, subject, text))
+        self.events.add(kind, subject, text, now_s)
 
     def scale(self, shard_id: int, replicas: int, now_s: float) -> None:
         """So many replicas are wanted of a shard. Raises ConfigError for an unknown shard or less than one."""
@@ -341,9 +349,19 @@ class Registry:
             raise ConfigError(f"there is no shard {shard_id}; the shards are {sorted(self._wanted)}")
         if replicas < 1:
             raise ConfigError(f"a shard needs at least one replica, not {replicas}")
+        if replicas > self._most.get(shard_id, replicas):
+            raise ConfigError(
+                f"the layout has room for {self._most[shard_id]} replicas of shard {shard_id}, not {replicas}: name "
+                "more nodes for it"
+            )
         if self._wanted[shard_id] != replicas:
             self.note("scaled", f"shard {shard_id}", f"{self._wanted[shard_id]} -> {replicas} replicas", now_s)
             self._wanted[shard_id] = replicas
+
+    @property
+    def started_engines(self) -> tuple[str, ...]:
+        """Those that have loaded everything and answer scrapes."""
+        return tuple(name for name, engine in self._engines.items() if engine.state != "starting")
 
     @property
     def wanted(self) -> Mapping[int, int]:
@@ -370,7 +388,7 @@ class Registry:
                 for name, e in sorted(self._engines.items())
             ],
             "missing_shards": list(self.missing_shards),
-            "events": [event.to_json() for event in self._events],
+            "events": self.events.to_json(),
         }
 
     def _shard_status(self, shard_id: int, now_s: float) -> dict[str, Any]:
@@ -382,6 +400,7 @@ class Registry:
             "experts": list(shard.experts),
             "num_experts": len(shard.experts),
             "wanted": self._wanted[shard_id],
+            "most": self._most.get(shard_id),
             "replicas": [self._replica_status(replica, now_s) for replica in replicas],
         }
 
@@ -395,12 +414,13 @@ class Registry:
             "role": replica.role.value,
             "load": dict(worker.load),
             "memory_bytes": worker.memory_bytes,
+            "device": worker.device,
             "age_s": now_s - worker.since_s,
         }
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
-    def _replica(self, replica_id: str) -> Replica | None:
+    def replica(self, replica_id: str) -> Replica | None:
         return next((r for r in self.table.replicas if r.replica_id == replica_id), None)
 
     def _review(self, now_s: float) -> None:
@@ -410,8 +430,10 @@ class Registry:
         missing &= self._served
         for shard_id in sorted(missing - self._missing):
             self.note("shard_missing", f"shard {shard_id}", "no worker is left; calls wait for one", now_s)
+            self.outages.begin(shard_id, now_s)
         for shard_id in sorted(self._missing - missing):
             self.note("shard_back", f"shard {shard_id}", "served again", now_s)
+            self.outages.end(shard_id, now_s)
         self._missing = missing
         self._was_complete = self._was_complete or not self.missing_shards
         self._assign_spares(now_s)

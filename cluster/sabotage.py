@@ -16,6 +16,7 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ class SabotagedServer(ExpertServer):
         self._adopted: tuple[Fault, int, threading.Event] | None = None
         self._num_left = 0
         super().__init__(compute=self._compute_or_spoil, **options)
-        self._true_secret, self._true_fingerprint = self.secret, self._fingerprint
+        self._true_secrets, self._true_fingerprint = self.secrets, self._fingerprint
 
     def order(self, fault: Fault | None, count: int = 0) -> threading.Event:
         """Commit a fault of BY_WORKER on the next `count` calls, 0: on all; None ends it. Set when it has struck."""
@@ -76,6 +77,10 @@ class SabotagedServer(ExpertServer):
         with self._lock:
             self._ring_self()
         return struck
+
+    def take_secrets(self, secrets: Sequence[bytes]) -> None:
+        super().take_secrets(secrets)
+        self._true_secrets = self.secrets
 
     # -- the server's thread --------------------------------------------------------------------------------------
 
@@ -86,12 +91,12 @@ class SabotagedServer(ExpertServer):
 
     def _adopt(self) -> None:
         self._adopted = adopted = self._ordered
-        self.secret, self._fingerprint = self._true_secret, self._true_fingerprint
+        self.secrets, self._fingerprint = self._true_secrets, self._true_fingerprint
         if adopted is None:
             return
         fault, self._num_left, _ = adopted
         if fault is Fault.WRONG_SECRET:
-            self.secret = os.urandom(len(self._true_secret))
+            self.secrets = (os.urandom(32),)
         elif fault is Fault.WRONG_MODEL:
             self._fingerprint = f"not {self._true_fingerprint}"
         else:

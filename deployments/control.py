@@ -14,6 +14,13 @@ from cluster.errors import ConfigError, SwitchyardError
 
 Say = Callable[[str], None]
 
+# The stages of cluster/rotation.py.
+_ROTATION = {
+    "spreading": "telling the workers to accept the next secret as well",
+    "switching": "telling the engines to prove the next secret",
+    "settled": "telling the workers to forget the former secret",
+}
+
 _CALL_TIMEOUT_S = 15.0
 _POLL_S = 0.2
 # A worker loads a shard: minutes from a slow disk. Leaving takes a drain and a health check of Serve's.
@@ -71,6 +78,11 @@ class Control:
         shard = self._shard_of(worker)
         count = shard["wanted"]
         if replace:
+            if shard["most"] is not None and count >= shard["most"]:
+                raise ConfigError(
+                    f"{worker} cannot have a successor before it leaves: the layout has room for {shard['most']} "
+                    f"replicas of shard {shard['id']}. Drain it without --replace, then `switchyard scale` the shard again."
+                )
             say(f"starting another replica of shard {shard['id']}")
             self._scale_to(shard["id"], count + 1, say)
         elif sum(r["state"] == "online" for r in shard["replicas"]) < 2 or count < 2:
@@ -107,6 +119,21 @@ class Control:
         for number, worker in enumerate(chosen, 1):
             say(f"{number} of {len(chosen)}: {worker}")
             self.drain(worker, replace=True, say=say)
+
+    def rotate_secret(self, *, say: Say = _silent) -> None:
+        """Change the data plane's secret while requests go on; returns when the former one is worthless everywhere."""
+        self._router("rotate_secret")
+        said = ""
+
+        def is_done() -> bool:
+            nonlocal said
+            secret = self._router("status")["secret"]
+            if secret["stage"] != said:
+                said = secret["stage"]
+                say(_ROTATION[said])
+            return said == "settled" and bool(secret["everywhere"])
+
+        self._wait(is_done, _LEAVE_LIMIT_S, "the secret has not been changed everywhere")
 
     def check_integrity(self) -> list[dict[str, Any]]:
         """{"subject", "ok", "text"} of every worker and engine. Raises ActionFailed when an engine does not answer."""

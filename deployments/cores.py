@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 
 from cluster.config import Settings
+from cluster.layout import neighbours
 
 
 def allowed_cores() -> tuple[int, ...]:
@@ -18,9 +19,14 @@ def engine_cores(settings: Settings, cores: Sequence[int]) -> tuple[int, ...]:
 
 
 def worker_cores(settings: Settings, shard_id: int, cores: Sequence[int]) -> tuple[int, ...]:
-    """All shards compute a layer at the same time, so by default they divide the cores among them."""
-    count = min(settings.worker.threads or max(1, len(cores) // settings.workers), len(cores))
-    first = shard_id * count % len(cores)
+    """All shards of a host compute a layer at the same time, so by default they divide its cores among them."""
+    if settings.layout is None:
+        place, sharing = shard_id, settings.workers
+    else:
+        together = neighbours(settings.layout, shard_id)
+        place, sharing = together.index(shard_id), len(together)
+    count = min(settings.worker.threads or max(1, len(cores) // sharing), len(cores))
+    first = place * count % len(cores)
     return tuple(sorted((*cores, *cores)[first : first + count]))
 
 

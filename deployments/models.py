@@ -1,12 +1,15 @@
 """What is known about a model before anything starts: where it lies, its licence, its tokenizer. No Ray, no vLLM."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 from cluster.config import Settings
-from cluster.errors import LicenceNotAccepted
+from cluster.errors import ConfigError, LicenceNotAccepted
+from cluster.roofline import ModelFacts
 from model.catalog import WORKER_MEMORY_GB, Model, find_known, known_models, model_at, report, unknown_model
 from model.licence import Terms, licence_of
+from model.sizes import PRECISIONS
 from model.tokenizer_files import find_tokenizer
 
 __all__ = [
@@ -19,6 +22,8 @@ __all__ = [
     "has_tokenizer",
     "known_models",
     "licence_summary",
+    "longest_context",
+    "plan_facts",
     "report",
     "resolve_model",
 ]
@@ -44,6 +49,41 @@ def find_model(model: str) -> Model:
     if not folder.is_dir():
         raise unknown_model(model)
     return model_at(folder, model)
+
+
+def plan_facts(model: Model) -> dict[str, ModelFacts]:
+    """What a plan needs to know of the model, by the precision of its experts. Raises ConfigError without sizes."""
+    sizes = model.sizes
+    if sizes is None:
+        raise ConfigError(f"{model.name}: {model.note}, so its size is not known.")
+    return {
+        precision: ModelFacts(
+            name=model.name,
+            precision=precision,
+            num_moe_layers=sizes.num_moe_layers,
+            num_experts=sizes.num_experts,
+            top_k=sizes.top_k,
+            hidden_size=sizes.hidden_size,
+            num_heads=sizes.num_heads,
+            kv_parts=sizes.kv_parts,
+            expert_bytes=sizes.expert_bytes(precision),
+            expert_params=sizes.expert_params,
+            dense_bytes=sizes.dense_bytes,
+            dense_params=sizes.dense_params,
+            kv_bytes_per_token=sizes.kv_bytes_per_token,
+        )
+        for precision in PRECISIONS
+    }
+
+
+def longest_context(model: str) -> int | None:
+    """max_position_embeddings of a checkpoint folder's config.json, in tokens; None where it is not said."""
+    path = resolve_model(model) / "config.json"
+    if not path.is_file():
+        return None
+    config = json.loads(path.read_text(encoding="utf-8"))
+    length = config.get("max_position_embeddings") or config.get("text_config", {}).get("max_position_embeddings")
+    return length if isinstance(length, int) else None
 
 
 def check_licence(settings: Settings) -> None:

@@ -31,6 +31,7 @@ class ModelSizes:
     expert_matrices: the weights of one routed expert; expert_biases: its biases, in parameters.
     dense_params: everything that is no routed expert, embeddings included; embedding_params: the input table.
     kv_values: numbers in the KV cache for one token, over all layers, as if no layer had a window.
+    kv_parts: among how many ranks of an engine the KV cache divides; more ranks hold copies.
     """
 
     num_layers: int
@@ -39,11 +40,13 @@ class ModelSizes:
     top_k: int
     hidden_size: int
     vocab_size: int
+    num_heads: int
     expert_matrices: tuple[Matrix, ...]
     expert_biases: int
     dense_params: int
     embedding_params: int
     kv_values: int
+    kv_parts: int
 
     @property
     def expert_params(self) -> int:
@@ -158,6 +161,7 @@ def _assemble(
     expert_matrices: tuple[Matrix, ...],
     expert_biases: int = 0,
     kv_values: int,
+    kv_parts: int,
 ) -> ModelSizes:
     """Adds embeddings, head and final norm. layer_params: in every layer; other_params: in some, already added up.
 
@@ -172,11 +176,13 @@ def _assemble(
         top_k=config["num_experts_per_tok"],
         hidden_size=hidden,
         vocab_size=vocab,
+        num_heads=config["num_attention_heads"],
         expert_matrices=expert_matrices,
         expert_biases=expert_biases,
         dense_params=layers * layer_params + other_params + tables + hidden,
         embedding_params=vocab * hidden,
         kv_values=kv_values,
+        kv_parts=kv_parts,
     )
 
 
@@ -191,6 +197,7 @@ def _grok(config: Mapping[str, Any]) -> ModelSizes:
         "vocab_size": spec.vocab_size,
         "num_hidden_layers": spec.num_layers,
         "num_experts_per_tok": spec.top_k,
+        "num_attention_heads": heads,
         "tie_word_embeddings": spec.tied_embeddings,
     }
     return _assemble(
@@ -200,6 +207,7 @@ def _grok(config: Mapping[str, Any]) -> ModelSizes:
         layer_params=attention + mlp + hidden * spec.num_experts + 4 * hidden,
         expert_matrices=_gated(hidden, spec.expert_size),
         kv_values=spec.num_layers * 2 * kv_heads * spec.head_dim,
+        kv_parts=kv_heads,
     )
 
 
@@ -216,6 +224,7 @@ def _mixtral(config: Mapping[str, Any]) -> ModelSizes:
         layer_params=_attention(config, _head_dim(config)) + hidden * experts + 2 * hidden,
         expert_matrices=_gated(hidden, config["intermediate_size"]),
         kv_values=_grouped_query_values(config),
+        kv_parts=config["num_key_value_heads"],
     )
 
 
@@ -237,6 +246,7 @@ def _qwen3_moe(config: Mapping[str, Any]) -> ModelSizes:
         other_params=num_moe * hidden * experts + dense,
         expert_matrices=_gated(hidden, config["moe_intermediate_size"]),
         kv_values=_grouped_query_values(config),
+        kv_parts=config["num_key_value_heads"],
     )
 
 
@@ -255,6 +265,7 @@ def _gpt_oss(config: Mapping[str, Any]) -> ModelSizes:
         expert_matrices=_gated(hidden, width),
         expert_biases=2 * width + hidden,
         kv_values=_grouped_query_values(config),
+        kv_parts=config["num_key_value_heads"],
     )
 
 
@@ -280,6 +291,7 @@ def _deepseek(config: Mapping[str, Any]) -> ModelSizes:
         other_params=num_moe * moe_params + dense,
         expert_matrices=_gated(hidden, width),
         kv_values=layers * (kv_rank + rope),
+        kv_parts=1,  # every head needs the whole latent vector
     )
 
 
@@ -299,6 +311,7 @@ def _llama4(config: Mapping[str, Any]) -> ModelSizes:
         other_params=num_moe * (shared + hidden * experts) + dense,
         expert_matrices=_gated(hidden, config["intermediate_size"]),
         kv_values=_grouped_query_values(config),
+        kv_parts=config["num_key_value_heads"],
     )
 
 

@@ -18,6 +18,7 @@ class Control(Protocol):
     def drain(self, worker: str, *, replace: bool, say: Say) -> None: ...
     def scale(self, shard: int, replicas: int, *, say: Say) -> None: ...
     def restart(self, workers: list[str], *, say: Say) -> None: ...
+    def rotate_secret(self, *, say: Say) -> None: ...
     def check_integrity(self) -> list[dict[str, Any]]: ...
 
 
@@ -58,6 +59,12 @@ ACTIONS: Mapping[str, Action] = {
         "Each worker is replaced, one after the other; it leaves when its successor is ready.",
         {"workers": Field(list)},
         lambda control, body, say: control.restart(body["workers"], say=say),
+    ),
+    "rotate-secret": Action(
+        {"cluster": "Change the secret"},
+        "Engines and workers prove another secret to each other from then on. No request fails or waits.",
+        {},
+        lambda control, _body, say: control.rotate_secret(say=say),
     ),
 }  # fmt: skip
 

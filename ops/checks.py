@@ -7,26 +7,24 @@ from typing import TYPE_CHECKING
 import psutil
 
 from cluster.errors import ConfigError
+from cluster.layout import all_nodes, copies, num_workers
+from cluster.planner import ENGINE_PROCESS_BYTES, RAY_BYTES, WORKER_PROCESS_BYTES
 
 if TYPE_CHECKING:
     from deployments.app import Plan
 
 _GIB = 1 << 30
-# An engine is three processes that import vLLM (2 GB together), a worker one; Ray itself takes about a gigabyte.
-_ENGINE_BYTES = 2 * _GIB
-_WORKER_BYTES = _GIB
-_RAY_BYTES = _GIB
 
 
 def check_memory(plan: "Plan", available_bytes: int | None = None) -> None:
     """Raises ConfigError when the checkpoint and the processes around it cannot fit into this machine's free memory."""
     settings = plan.settings
     available = psutil.virtual_memory().available if available_bytes is None else available_bytes
-    experts = plan.expert_bytes * settings.replicas
+    experts = int(plan.expert_bytes * copies(settings))
     others = (plan.checkpoint_bytes - plan.expert_bytes) * settings.engines
-    processes = _RAY_BYTES + settings.engines * _ENGINE_BYTES
+    processes = RAY_BYTES + settings.engines * ENGINE_PROCESS_BYTES
     if plan.spec is not None:
-        processes += settings.workers * settings.replicas * _WORKER_BYTES
+        processes += num_workers(settings) * WORKER_PROCESS_BYTES
     cache = int((settings.engine.kv_cache_gib or 0.25) * _GIB) * settings.engines
     needed = experts + others + processes + cache
     if needed > available:
@@ -35,6 +33,17 @@ def check_memory(plan: "Plan", available_bytes: int | None = None) -> None:
             f"(experts {experts / _GIB:.1f}, other weights {others / _GIB:.1f}, processes {processes / _GIB:.1f}, "
             f"KV cache {cache / _GIB:.1f}). Use fewer engines, replicas or workers, a smaller engine.kv_cache_gib, or "
             "more machines."
+        )
+
+
+def check_nodes(plan: "Plan", here: str) -> None:
+    """Raises ConfigError when the layout names other nodes than `here`, the only one that `switchyard serve` starts."""
+    layout = plan.settings.layout
+    others = [node for node in all_nodes(layout) if node != here] if layout is not None else []
+    if others:
+        raise ConfigError(
+            f"layout: names {', '.join(others)}, but `switchyard serve` starts this machine ({here}) only. Use "
+            "`serve run FILE` on a Ray cluster whose nodes have the label switchyard-node, or plan for this machine."
         )
 
 

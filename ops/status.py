@@ -6,19 +6,24 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from cluster.layout import differences
 from ops.api_client import add_cluster_arguments, connect
 from ops.events import event_line
 
 DESCRIPTION = """\
-Show a running cluster: shards with their replicas, spares, engines, and what happened last.
+Show a running cluster: shards with their replicas, spares, engines, and what happened last. Where the configuration
+has a layout, it says what runs elsewhere than planned.
 
   switchyard status
   switchyard status --json | jq '.shards[].replicas[].state'
 
 --json prints {"model", "epoch", "router": {"pid", "node"}, "missing_shards": [..],
   "shards": [{"id", "layers": [first, end], "experts": [..], "num_experts", "wanted",
-              "replicas": [{"id", "pid", "node", "state", "role", "load": {..}, "memory_bytes", "age_s"}]}],
-  "spares": [{"id", "pid", "node", "state", "shard"}], "engines": [{"id", "pid", "node", "state", "load", "age_s"}],
+              "replicas": [{"id", "pid", "node", "state", "role", "load": {..}, "memory_bytes", "device", "age_s",
+                            "node_name"}], "most": replicas that the layout has room for, or null}],
+  "layout": the layout of the configuration, or null,
+  "spares": [{"id", "pid", "node", "state", "shard"}],
+  "engines": [{"id", "pid", "node", "state", "load", "age_s", "node_name"}],
   "events": [{"time_s", "kind", "subject", "text"}], "progress": {source: text}}
 Exit status 1 when a shard has no worker or no engine is ready.
 """
@@ -55,7 +60,8 @@ def render(status: dict[str, Any], colours: bool = False) -> list[str]:
         lines.append(f"shard {shard} HAS NO WORKER: calls wait for one")
     lines += [
         "",
-        f"{'shard':<22}{'replica':<22}{'state':<10}{'role':<9}{'pid':>7}  {'tokens/s':>8}  {'memory':>9}  {'age':>7}",
+        f"{'shard':<22}{'replica':<22}{'state':<10}{'role':<9}{'pid':>7}  {'tokens/s':>8}  {'memory':>9}  {'age':>7}  "
+        "on",
     ]
     for shard in status["shards"]:
         lines += _shard_lines(shard, paint)
@@ -67,6 +73,9 @@ def render(status: dict[str, Any], colours: bool = False) -> list[str]:
         lines.append(f"{engine['id']:<22}{paint(engine['state'], 10)}{engine['pid']:>7}  {age(engine['age_s']):>7}")
     if not status["engines"]:
         lines.append("none")
+    if status["layout"] is not None:
+        found = differences(status["layout"], status)
+        lines += ["", "as planned" if not found else "not as planned:", *(f"  {line}" for line in found)]
     return [*lines, "", *map(event_line, status["events"][-_LAST_EVENTS:])]
 
 
@@ -83,7 +92,7 @@ def _shard_lines(shard: dict[str, Any], paint: Any) -> Iterator[str]:
         yield (
             f"{head + note:<22}{replica['id']:<22}{paint(replica['state'], 10)}{replica['role']:<9}{replica['pid']:>7}"
             f"  {'' if rate is None else format(rate, '.1f'):>8}  {replica['memory_bytes'] / 2**20:>5.0f} MiB  "
-            f"{age(replica['age_s']):>7}"
+            f"{age(replica['age_s']):>7}  {' '.join(filter(None, (replica['node_name'], replica['device'])))}"
         )
         head = note = ""
 

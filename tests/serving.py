@@ -158,6 +158,20 @@ def _call(deployment: str, method: str) -> Any:
     return getattr(handle, method).remote().result(timeout_s=10)
 
 
+def _logs(port: int) -> str:
+    """The folder into which everything of this Ray writes its logs."""
+    import ray
+
+    return str(ray._private.worker._global_node.get_logs_dir_path())
+
+
+def _ray_metrics_port(port: int) -> int:
+    """Where the node's metrics agent listens: what Ray's service discovery tells Prometheus."""
+    import ray
+
+    return int(ray.nodes()[0]["MetricsExportPort"])
+
+
 def _engine_ports(port: int) -> list[int]:
     """The replicas' own ports, behind haproxy."""
     import ray
@@ -176,6 +190,8 @@ _ORDERS = {
     "console": _console,
     "worker_stats": _worker_stats,
     "engine_ports": _engine_ports,
+    "logs": _logs,
+    "ray_metrics_port": _ray_metrics_port,
 }
 
 if __name__ == "__main__":

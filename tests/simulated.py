@@ -126,10 +126,11 @@ class SimulatedCluster:
                 "messages": 100,
                 "waiting": self._random.randrange(3),
                 "tokens_per_s": self._random.uniform(200, 900),
-                "device": f"GPU {number % NODE_WORKERS}",
                 "fault": "",
             },
             "memory_bytes": 24 << 30,
+            "device": f"GPU {number % NODE_WORKERS}",
+            "node_name": f"node-{number // NODE_WORKERS}",
             "age_s": time.time() - self._begin_s,
         }
 

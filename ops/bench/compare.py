@@ -97,6 +97,11 @@ class Comparison:
             for number in range(self._plan.rounds):
                 self._round(number, colocated)
 
+    def run_switchyard(self) -> dict[int, report.Figures]:
+        """Switchyard's figures alone, once at every level. Raises as run() does."""
+        with self._started("switchyard") as side:
+            return {streams: figures for streams, (figures, _) in self._levels(side, 0).items()}
+
     def _round(self, number: int, colocated: Side | None) -> None:
         """Every level on both sides. The order alternates, so that a drift of the machine favours nobody.
 
@@ -248,8 +253,8 @@ def run(args: argparse.Namespace) -> int:
     model = Path(args.model).expanduser()
     try:
         plan = make_plan(args, sides.vocabulary_size(model))
-        settings = _settings(args, plan)
-        environments = _environments(args, settings)
+        settings = settings_of(args, plan)
+        environments = environments_of(args, settings)
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from None
     checkpoint_bytes = sum(path.stat().st_size for path in model.glob("*.safetensors"))
@@ -277,7 +282,8 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def _settings(args: argparse.Namespace, plan: Plan) -> Settings:
+def settings_of(args: argparse.Namespace, plan: Plan) -> Settings:
+    """Of both sides, from the options. Raises ConfigError or ValueError."""
     tokens = plan.workload.prompt_tokens + plan.workload.output_tokens
     base = sides.bench_args(
         args.model, num_workers=args.workers, dtype=args.dtype, streams=max(plan.streams), tokens=tokens
@@ -285,7 +291,8 @@ def _settings(args: argparse.Namespace, plan: Plan) -> Settings:
     return parse_settings(sides.override(base, args.set))
 
 
-def _environments(args: argparse.Namespace, settings: Settings) -> dict[str, dict[str, str]]:
+def environments_of(args: argparse.Namespace, settings: Settings) -> dict[str, dict[str, str]]:
+    """What each side is started with. Raises ValueError for an option without `=`."""
     return {
         "colocated": {
             **sides.colocated_environment(settings, os.environ),

@@ -100,7 +100,7 @@ def test_a_new_router_keeps_the_secret_and_raises_the_epoch(router):
     """The router dies: Serve starts another, which no engine mistakes for an older one."""
     import ray
 
-    secret = router("secret")
+    secrets = router("secrets")
     register_all(router)
     table = router.table()
     actor = next(
@@ -117,7 +117,7 @@ def test_a_new_router_keeps_the_secret_and_raises_the_epoch(router):
             return False
 
     wait_until(is_back, "the router is back")
-    assert router("secret") == secret
+    assert router("secrets") == secrets
     assert router("heartbeat", "worker-0") == "register"
     register_all(router)
     assert router.table(table.epoch).epoch > table.epoch

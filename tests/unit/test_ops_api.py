@@ -34,6 +34,8 @@ def replica(name: str, state: str = "online", role: str = "primary") -> dict:
         "role": role,
         "load": {"tokens_per_s": 12.34, "waiting": 0},
         "memory_bytes": 3 << 20,
+        "device": "cpu",
+        "node_name": "here",
         "age_s": 65.0,
     }
 
@@ -52,11 +54,17 @@ def make_status(**changes: object) -> dict:
             {"id": 1, "layers": [0, 2], "num_experts": 4, "wanted": 1, "replicas": [replica("experts-1-cc")]},
         ],
         "spares": [{"id": "spare-dd", "pid": 43, "node": "n", "state": "ready", "shard": None}],
-        "engines": [{"id": "engine-ee", "pid": 44, "node": "n", "state": "ready", "load": {}, "age_s": 7300.0}],
+        "engines": [
+            {
+                "id": "engine-ee", "pid": 44, "node": "n", "state": "ready", "load": {}, "age_s": 7300.0,
+                "node_name": "here",
+            }
+        ],
         "events": [
             {"time_s": 1000.0 + i, "kind": "worker_online", "subject": f"w{i}", "text": f"shard {i}"} for i in range(8)
         ],
         "progress": {},
+        "layout": None,
     }  # fmt: skip
     return {**status, **changes}
 
@@ -270,8 +278,8 @@ def test_the_table_is_aligned():
     assert len(rows) == 3
     for row in rows:
         assert row.index("experts-") == head.index("replica")
-        assert len(row) == len(head), (row, head)
-    assert rows[0].endswith("65 s") and "12.3" in rows[0] and "3 MiB" in rows[0]
+        assert row.index("here cpu") == head.index("on", head.index("age")), (row, head)
+    assert "65 s" in rows[0] and "12.3" in rows[0] and "3 MiB" in rows[0]
     assert lines[-1].endswith("w7: shard 7") and sum("worker_online" in line for line in lines) == 5
     assert any("2 h" in line for line in lines)
     coloured = render(make_status(), colours=True)

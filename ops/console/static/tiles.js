@@ -73,7 +73,7 @@ export class Details extends Component {
   render({ replica, id, nodes, can, ask, close }) {
     const node = nodes.find((each) => each.id === replica?.node);
     const facts = replica && [
-      ["Role", replica.role], ["Device", replica.load.device ?? "–"],
+      ["Role", replica.role], ["Device", replica.device || "–"],
       ["Node", node ? `${node.name} (${node.address})` : replica.node], ["Process", replica.pid],
       ["Experts take", bytes(replica.memory_bytes)], ["In service", seconds(replica.age_s)],
       ["Tokens per second", rate(replica.load.tokens_per_s)], ["Tokens in all", number(replica.load.tokens)],

@@ -132,7 +132,7 @@ function Nodes({ nodes, status, found, choose }) {
     ${nodes.map((node) => {
       const here = replicas.filter((replica) => replica.node === node.id);
       const engines = status.engines.filter((engine) => engine.node === node.id);
-      const deviceOf = (replica) => replica.load.device ?? "unknown device";
+      const deviceOf = (replica) => replica.device || "unknown device";
       const devices = [...new Set(here.map(deviceOf))].sort();
       return html`<article key=${node.id} class=${`card shard ${node.alive ? "good" : "bad"}`}
         aria-label=${`Node ${node.name}`}>
