@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import expect
 
 from ops.api_server import ApiServer
 from tests.browser import open_page
@@ -34,15 +35,15 @@ def test_512_workers_are_shown_at_once_and_scroll_smoothly(large):
     server, cluster = large
     with open_page(viewport={"width": 390, "height": 844}, color_scheme="dark") as page:
         page.goto(server.console_link())
-        page.wait_for_function("document.querySelectorAll('[data-worker]').length === 512")
+        expect(page.locator("[data-worker]")).to_have_count(512)
         assert page.evaluate(LONGEST_TASK) < 500
         victim = list(cluster.workers)[300]
         cluster.kill(victim)
         page.locator("#alerts", has_text=victim).wait_for(timeout=SHOWN_WITHIN_MS)
         page.get_by_role("button", name="By node").click()
-        assert page.locator("[data-worker]").count() == 511
+        expect(page.locator("[data-worker]")).to_have_count(511)
         page.get_by_role("searchbox").fill(list(cluster.workers)[7])
-        page.wait_for_function("document.querySelectorAll('[data-worker]').length === 1")
+        expect(page.locator("[data-worker]")).to_have_count(1)
         for name in PAGES:
             page.goto(f"{server.address}/ops#/{name}")
             page.locator("main h2").first.wait_for()
@@ -71,7 +72,7 @@ def test_it_can_be_used_without_a_mouse_and_without_eyes(large):
         page.keyboard.press("Escape")
         page.locator("dialog").wait_for(state="detached")
         page.goto(f"{server.address}/ops#/experts")
-        page.wait_for_function("document.querySelector('#heat').width > 300")
+        page.locator("#hottest-title").wait_for()
         page.locator("#heat").focus()
         page.keyboard.press("ArrowDown")
         page.locator(".reading", has_text="Layer 1, expert 0").wait_for()

@@ -5,6 +5,7 @@ import signal
 from typing import Any
 
 import pytest
+from playwright.sync_api import expect
 
 from tests.browser import open_page
 from tests.serving import REPLICATED, Serving
@@ -22,8 +23,8 @@ def replicas(page: Any, shard: int) -> list[str]:
 
 
 def wait_for_replicas(page: Any, shard: int, count: int) -> None:
-    script = f"document.querySelectorAll(\"[data-shard='{shard}'] [data-state='online']\").length === {count}"
-    page.wait_for_function(script, timeout=STARTS_WITHIN_MS)
+    online = page.locator(f"[data-shard='{shard}'] [data-state='online']")
+    expect(online).to_have_count(count, timeout=STARTS_WITHIN_MS)
 
 
 def act(page: Any, button: str, **fields: str) -> None:

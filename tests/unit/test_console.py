@@ -10,6 +10,7 @@ import subprocess
 import sys
 import termios
 import threading
+import urllib.parse
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 from ops import api_actions
 from ops.api_server import ApiServer
 from ops.cli import main
+from ops.console import chat
 from ops.console.assets import read_assets
 from ops.console.heat import Heat
 from ops.console.history import KEEP_S, History, quantile
@@ -188,6 +190,13 @@ def test_the_chat_passes_questions_on(api, openai):
     refused = request(api, "POST", "/api/chat", {"prompt": "a", "key": "wrong"}, Cookie=cookie)
     assert refused.status == 500 and b"wrong key" in refused.read()
     assert request(api, "POST", "/api/chat", {"max_tokens": "many"}, Cookie=cookie).status == 400
+
+
+def test_the_chat_speaks_https_where_the_api_does():
+    secure = chat._connection(urllib.parse.urlsplit("https://127.0.0.1:8443"))
+    assert isinstance(secure, http.client.HTTPSConnection) and secure.port == 8443
+    plain = chat._connection(urllib.parse.urlsplit("http://127.0.0.1:8000"))
+    assert not isinstance(plain, http.client.HTTPSConnection)
 
 
 def test_the_page_is_all_that_is_served(api):
