@@ -69,6 +69,9 @@ def test_nothing_to_read_is_not_measured(tmp_path, powercap):
 class FakeNvml:
     """nvidia-ml-py, as far as it is used. Millijoules since the driver was loaded."""
 
+    class NVMLError(Exception):
+        """GPU is lost."""
+
     def __init__(self) -> None:
         self.spent_mj = {0: 5000, 1: 70_000, "GPU-b": 0}
         self.is_on = False
@@ -83,7 +86,8 @@ class FakeNvml:
         return uuid
 
     def nvmlDeviceGetTotalEnergyConsumption(self, handle: int | str) -> int:  # noqa: N802
-        assert self.is_on
+        if not self.is_on:
+            raise self.NVMLError
         return self.spent_mj[handle]
 
 
@@ -94,6 +98,15 @@ def test_gpus_count_those_that_are_visible_by_the_reserved_share():
     nvml.spent_mj.update({0: 99_000, 1: 72_000, "GPU-b": 500})
     assert meter.read() == {"nvml": pytest.approx(1.25), "rapl": None}
     assert visible_gpus(nvml, {}) == []
+
+
+def test_counters_that_vanish_end_the_measurement_and_nothing_else(powercap):
+    nvml = FakeNvml()
+    meter = Clock().meter(powercap, GpuCounters(nvml, visible_gpus(nvml, {"CUDA_VISIBLE_DEVICES": "0"}), 1.0))
+    assert None not in meter.read().values()
+    nvml.is_on = False
+    (powercap / "intel-rapl:0" / "energy_uj").unlink()
+    assert meter.read() == meter.read() == {"nvml": None, "rapl": None}
 
 
 def key(name: str, **labels: str):
