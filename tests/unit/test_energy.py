@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from cluster.energy import EnergyMeter, GpuCounters, rapl_zones, visible_gpus
-from ops.energy import Use, render, uses
+from cluster.errors import ConfigError
+from ops.energy import Use, read_key, render, uses
 
 RANGE_UJ = 1_000_000_000
 
@@ -128,8 +129,18 @@ def test_use_is_what_has_grown():
     assert models == [Use("m", 40.0, 20.0)] and models[0].joules_per_token == 0.5
     assert models[0].tokens_per_kwh == 7_200_000
     assert workers == [Use("new", 8.0, None), Use("r", 80.0, 10.0)]
+    after[key("switchyard_energy_measured", kind="worker", id="new", source="rapl")] = 0.0
+    assert uses(before, after)[0] == [Use("m", 40.0, None)]
     text = render(models, workers)
     assert "not measured" in text[4] and "7.2e+06" in text[1]
+
+
+def test_a_key_is_read_from_a_file_or_refused_with_words(tmp_path):
+    file = tmp_path / "key"
+    file.write_text("sk-1\n")
+    assert read_key(file) == "sk-1" and read_key(None) is None
+    with pytest.raises(ConfigError, match="--key-file: cannot read"):
+        read_key(tmp_path / "none")
 
 
 def test_no_joules_and_no_tokens_are_told_apart():
