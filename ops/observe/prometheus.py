@@ -3,9 +3,11 @@
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import urllib.parse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +48,19 @@ def run(arguments: argparse.Namespace) -> int:
         storage = arguments.keep or Path(folder, "data")
         print(f"Prometheus on http://127.0.0.1:{arguments.listen}, scraping {url}", flush=True)
         command = [program, f"--config.file={file}", f"--storage.tsdb.path={storage}", "--log.level=warn"]
-        try:
-            return subprocess.run(
-                [*command, f"--web.listen-address=127.0.0.1:{arguments.listen}"], check=False
-            ).returncode
-        except KeyboardInterrupt:
-            return 0
+        return _run([*command, f"--web.listen-address=127.0.0.1:{arguments.listen}"])
+
+
+def _run(command: Sequence[str]) -> int:
+    """Until it ends by itself, or Ctrl-C or SIGTERM end it in good order."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    process = subprocess.Popen(command)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        return 0
 
 
 def config(url: str, key_file: Path | None = None) -> dict[str, Any]:
