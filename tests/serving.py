@@ -38,6 +38,16 @@ def wait_until(condition: Callable[[], bool], what: str, limit_s: float = 120.0)
         time.sleep(0.1)
 
 
+# Two engines that share two workers.
+TWO_ENGINES: Mapping[str, Any] = {
+    "model": str(GOLDENS / "mixtral-tiny"),
+    "dtype": "float32",
+    "workers": 2,
+    "engines": 2,
+    "engine": {"kv_cache_gib": 0.25},
+}
+
+
 class Serving:
     """The tests' end. `url` is the HTTP API's base; deploy() replaces what is deployed."""
 
