@@ -28,16 +28,6 @@ REPLICATED: Mapping[str, Any] = {
     "engine": {"kv_cache_gib": 0.25, "enforce_eager": True, "vllm": {"enable_prefix_caching": False}},
     "worker": {"fault_injection": True},
 }
-
-
-def wait_until(condition: Callable[[], bool], what: str, limit_s: float = 120.0) -> None:
-    """Return when `condition` holds; fail, naming `what`, when it does not in time."""
-    end_s = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < end_s, f"waited {limit_s} s for: {what}"
-        time.sleep(0.1)
-
-
 # Two engines that share two workers.
 TWO_ENGINES: Mapping[str, Any] = {
     "model": str(GOLDENS / "mixtral-tiny"),
@@ -46,6 +36,14 @@ TWO_ENGINES: Mapping[str, Any] = {
     "engines": 2,
     "engine": {"kv_cache_gib": 0.25},
 }
+
+
+def wait_until(condition: Callable[[], bool], what: str, limit_s: float = 120.0) -> None:
+    """Return when `condition` holds; fail, naming `what`, when it does not in time."""
+    end_s = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end_s, f"waited {limit_s} s for: {what}"
+        time.sleep(0.1)
 
 
 class Serving:
