@@ -69,9 +69,12 @@ class GpuCounters:
     def _read(self) -> int:
         return sum(int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(handle)) for handle in self._handles)
 
-    def advance_j(self) -> float:
-        """Joules since the last call, or since the beginning."""
-        last_mj, self._last_mj = self._last_mj, self._read()
+    def advance_j(self) -> float | None:
+        """Joules since the last call, or since the beginning; None when NVML does not tell any more."""
+        try:
+            last_mj, self._last_mj = self._last_mj, self._read()
+        except self._nvml.NVMLError:
+            return None
         return (self._last_mj - last_mj) / 1000 * self._share
 
 
@@ -91,16 +94,22 @@ class EnergyMeter:
         self._joules = {"nvml": 0.0, "rapl": 0.0}
 
     def read(self) -> dict[str, float | None]:
-        """Joules since the beginning by source; None where that is not measured."""
-        if self._gpus is not None:
-            self._joules["nvml"] += self._gpus.advance_j()
-        if self._zones:
+        """Joules since the beginning by source; None where that is not measured, or cannot be any more."""
+        try:
             self._joules["rapl"] += sum(zone.advance_j() for zone in self._zones) * self._part()
+        except (OSError, ValueError):
+            self._zones = ()
+        if self._gpus is not None:
+            joules = self._gpus.advance_j()
+            self._gpus = self._gpus if joules is not None else None
+            self._joules["nvml"] += joules or 0.0
         is_measured = {"nvml": self._gpus is not None, "rapl": bool(self._zones)}
         return {source: self._joules[source] if is_measured[source] else None for source in SOURCES}
 
     def _part(self) -> float:
-        """This process's part of the CPU time since the last call."""
+        """This process's part of the CPU time since the last call; 0 where nothing is to be shared out."""
+        if not self._zones:
+            return 0.0
         (last_s, host_last_s), self._last = self._last, (self._cpu_s(), self._host_cpu_s())
         busy_s = self._last[1] - host_last_s
         return min(1.0, max(0.0, self._last[0] - last_s) / busy_s) if busy_s > 0 else 0.0

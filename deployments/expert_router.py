@@ -111,12 +111,13 @@ class ExpertRouter:
         """
         load = dict(load or {})
         expert_tokens = load.pop("expert_tokens", None)
+        answer = self._registry.heartbeat(replica_id, load, time.monotonic())
         replica = self._registry.replica(replica_id)
         if replica is not None and expert_tokens is not None:
             self._experts.report(replica, expert_tokens)
         if replica is not None and metrics is not None:
             self._telemetry.worker_reports(replica_id, metrics)
-        return self._registry.heartbeat(replica_id, load, time.monotonic()).value
+        return answer.value
 
     async def drain(self, replica_id: str) -> None:
         """The worker is about to leave, or somebody wants it to take nothing new."""

@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from cluster.errors import ConfigError, SwitchyardError
@@ -19,7 +20,8 @@ Measure what a running cluster takes: joules per token and tokens per kWh, by mo
   switchyard energy --seconds 60 --json
 
 GPUs are read through NVML, CPUs and memory through RAPL (/sys/class/powercap), by each process's share of CPU time.
-Where neither can be read, for want of rights or of counters as in most virtual machines, it says "not measured".
+Where neither can be read, for want of rights or of counters as in most virtual machines, it says "not measured"; of the
+model too, as soon as that is so of one of its engines or workers.
 
 --json prints {"seconds", "models": [{"name", "tokens", "joules", "joules_per_token", "tokens_per_kwh"}],
   "workers": [{"name", "tokens", "joules", ..}]}; null is "not measured", or no tokens in that time.
@@ -56,6 +58,7 @@ class Use:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=10.0, metavar="S", help="how long to measure (default 10)")
     parser.add_argument("--port", type=int, help="port of the cluster's HTTP API, where several run on this machine")
+    parser.add_argument("--key-file", type=Path, metavar="FILE", help="file with an API key, where the cluster asks")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -64,9 +67,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.seconds <= 0:
         raise ConfigError(f"--seconds: must be more than 0, not {arguments.seconds:g}.")
     url = find_run(arguments.port).http + "/metrics"
-    before = scrape(url)
+    key = read_key(arguments.key_file)
+    before = scrape(url, key)
     time.sleep(arguments.seconds)
-    after = scrape(url)
+    after = scrape(url, key)
     models, workers = uses(before, after)
     if arguments.json:
         found = {"models": [use.to_json() for use in models], "workers": [use.to_json() for use in workers]}
@@ -79,12 +83,21 @@ def run(arguments: argparse.Namespace) -> int:
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 
-def scrape(url: str) -> Samples:
-    """{(series, sorted labels): value}. Raises ScrapeFailed."""
+def read_key(file: Path | None) -> str | None:
+    """The API key in that file. Raises ConfigError where it cannot be read."""
+    try:
+        return file.read_text(encoding="ascii").strip() if file is not None else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--key-file: cannot read {file}: {error}") from None
+
+
+def scrape(url: str, key: str | None = None) -> Samples:
+    """{(series, sorted labels): value}, asked for with an API key if there is one. Raises ScrapeFailed."""
     from prometheus_client.parser import text_string_to_metric_families
 
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})
     try:
-        with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as response:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
             text = response.read().decode()
     except (urllib.error.URLError, OSError) as error:
         raise ScrapeFailed(f"{url} does not answer: {error}") from None
@@ -101,8 +114,9 @@ def uses(before: Samples, after: Samples) -> tuple[list[Use], list[Use]]:
     joules = _by(grown, "switchyard_energy_joules_total", "id")
     generated = _by(grown, "vllm:generation_tokens_total", "model_name")
     computed = _by(grown, "switchyard_worker_tokens_total", "replica")
-    # One application serves one model: all of its processes work for it.
-    total = sum(joules.values()) if joules else None
+    # One application serves one model: all of its processes work for it, and one that is not measured leaves a hole.
+    processes = {dict(labels)["id"] for name, labels in after if name == "switchyard_energy_measured"}
+    total = sum(joules.values()) if joules and processes <= set(joules) else None
     models = [Use(name, tokens, total) for name, tokens in sorted(generated.items())]
     return models, [Use(name, tokens, joules.get(name)) for name, tokens in sorted(computed.items())]
 

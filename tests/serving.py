@@ -28,6 +28,14 @@ REPLICATED: Mapping[str, Any] = {
     "engine": {"kv_cache_gib": 0.25, "enforce_eager": True, "vllm": {"enable_prefix_caching": False}},
     "worker": {"fault_injection": True},
 }
+# Two engines that share two workers.
+TWO_ENGINES: Mapping[str, Any] = {
+    "model": str(GOLDENS / "mixtral-tiny"),
+    "dtype": "float32",
+    "workers": 2,
+    "engines": 2,
+    "engine": {"kv_cache_gib": 0.25},
+}
 
 
 def wait_until(condition: Callable[[], bool], what: str, limit_s: float = 120.0) -> None:

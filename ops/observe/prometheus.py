@@ -3,9 +3,11 @@
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import urllib.parse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ SCRAPE_EVERY = "5s"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, help="port of the cluster's HTTP API, where several run on this machine")
     parser.add_argument("--listen", type=int, default=9090, metavar="PORT", help="Prometheus' own port (default 9090)")
+    parser.add_argument("--key-file", type=Path, metavar="FILE", help="file with an API key, where the cluster asks")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="store series there, and keep them")
 
 
@@ -38,25 +41,36 @@ def run(arguments: argparse.Namespace) -> int:
     program = shutil.which("prometheus")
     if program is None:
         raise ConfigError("prometheus is not installed (on Debian and Ubuntu: apt install prometheus).")
-    target = urllib.parse.urlsplit(find_run(arguments.port).http).netloc
+    url = find_run(arguments.port).http
     with tempfile.TemporaryDirectory(prefix="switchyard-prometheus-") as folder:
         file = Path(folder, "prometheus.yml")
-        file.write_text(yaml.safe_dump(config(target), sort_keys=False), encoding="utf-8")
+        file.write_text(yaml.safe_dump(config(url, arguments.key_file), sort_keys=False), encoding="utf-8")
         storage = arguments.keep or Path(folder, "data")
-        print(f"Prometheus on http://127.0.0.1:{arguments.listen}, scraping {target}", flush=True)
+        print(f"Prometheus on http://127.0.0.1:{arguments.listen}, scraping {url}", flush=True)
         command = [program, f"--config.file={file}", f"--storage.tsdb.path={storage}", "--log.level=warn"]
-        try:
-            return subprocess.run(
-                [*command, f"--web.listen-address=127.0.0.1:{arguments.listen}"], check=False
-            ).returncode
-        except KeyboardInterrupt:
-            return 0
+        return _run([*command, f"--web.listen-address=127.0.0.1:{arguments.listen}"])
 
 
-def config(target: str) -> dict[str, Any]:
-    """A Prometheus configuration that scrapes `target`, host:port, and knows the alerts."""
+def _run(command: Sequence[str]) -> int:
+    """Until it ends by itself, or Ctrl-C or SIGTERM end it in good order."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    process = subprocess.Popen(command)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        return 0
+
+
+def config(url: str, key_file: Path | None = None) -> dict[str, Any]:
+    """A Prometheus configuration that scrapes the HTTP API at `url`, with the key in the file, and knows the alerts."""
+    address = urllib.parse.urlsplit(url)
+    job: dict[str, Any] = {"job_name": "switchyard", "scheme": address.scheme}
+    if key_file is not None:
+        job["authorization"] = {"credentials_file": os.fspath(key_file.resolve())}
     return {
         "global": {"scrape_interval": SCRAPE_EVERY, "evaluation_interval": SCRAPE_EVERY},
         "rule_files": [os.fspath(RULES)],
-        "scrape_configs": [{"job_name": "switchyard", "static_configs": [{"targets": [target]}]}],
+        "scrape_configs": [{**job, "static_configs": [{"targets": [address.netloc]}]}],
     }

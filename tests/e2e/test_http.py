@@ -11,18 +11,10 @@ from typing import Any
 import openai
 import pytest
 
-from tests.golden import GOLDENS
-from tests.serving import Serving
+from tests.serving import TWO_ENGINES, Serving
 
 pytestmark = pytest.mark.timeout(600)
 
-ARGS = {
-    "model": str(GOLDENS / "mixtral-tiny"),
-    "dtype": "float32",
-    "workers": 2,
-    "engines": 2,
-    "engine": {"kv_cache_gib": 0.25},
-}
 MODEL = "mixtral-tiny"
 VOCABULARY = 512
 MAX_MODEL_LEN = 512
@@ -30,7 +22,7 @@ MAX_MODEL_LEN = 512
 
 @pytest.fixture(scope="module")
 def server(serving: Serving) -> Serving:
-    serving.deploy(ARGS)
+    serving.deploy(TWO_ENGINES)
     return serving
 
 
@@ -60,7 +52,7 @@ def metric(server: Serving, name: str) -> dict[str, float]:
     found: dict[str, float] = {}
     for engine, value in re.findall(rf'^{re.escape(name)}{{.*?engine="([^"]+)"[^}}]*}} (\S+)', text, re.M):
         found[engine] = found.get(engine, 0.0) + float(value)
-    assert len(found) == ARGS["engines"], f"{name} is in /metrics for {sorted(found)}"
+    assert len(found) == TWO_ENGINES["engines"], f"{name} is in /metrics for {sorted(found)}"
     return found
 
 
@@ -194,8 +186,8 @@ def test_two_engines_share_the_workers(server):
     assert all(after[engine] > before[engine] for engine in after)
     status = server.ask("status")
     assert status["missing_shards"] == []
-    assert len(status["table"]["replicas"]) == ARGS["workers"]
-    assert sum(source.startswith("engine-") for source in status["progress"]) == ARGS["engines"]
+    assert len(status["table"]["replicas"]) == TWO_ENGINES["workers"]
+    assert sum(source.startswith("engine-") for source in status["progress"]) == TWO_ENGINES["engines"]
 
 
 COMPLETION = {"model": MODEL, "prompt": [1, 2, 3], "max_tokens": 3}
@@ -274,7 +266,7 @@ def check_error(answer: tuple[int, bytes], status: int) -> None:
 
 
 def test_after_all_of_that_the_engines_still_serve(client, server):
-    assert len(metric(server, "vllm:num_requests_running")) == ARGS["engines"]
+    assert len(metric(server, "vllm:num_requests_running")) == TWO_ENGINES["engines"]
     assert client.completions.create(model=MODEL, prompt=[1, 2, 3], max_tokens=3).choices[0].text is not None
 
 

@@ -30,4 +30,6 @@ def test_counts_below_one_are_refused(words, capsys):
 
 def test_a_layer_call_can_be_measured(capsys):
     assert cli.main(["bench", "layer-call", "--calls", "20", "--tokens", "1", "3", "--hidden", "16", "--json"]) == 0
-    assert [cost["num_tokens"] for cost in json.loads(capsys.readouterr().out)] == [1, 3]
+    result = json.loads(capsys.readouterr().out)
+    assert [cost["num_tokens"] for cost in result["calls"]] == [1, 3]
+    assert result["bookkeeping_us"] > 0

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from cluster.energy import EnergyMeter, GpuCounters, rapl_zones, visible_gpus
-from ops.energy import Use, render, uses
+from cluster.errors import ConfigError
+from ops.energy import Use, read_key, render, uses
 
 RANGE_UJ = 1_000_000_000
 
@@ -69,6 +70,9 @@ def test_nothing_to_read_is_not_measured(tmp_path, powercap):
 class FakeNvml:
     """nvidia-ml-py, as far as it is used. Millijoules since the driver was loaded."""
 
+    class NVMLError(Exception):
+        """GPU is lost."""
+
     def __init__(self) -> None:
         self.spent_mj = {0: 5000, 1: 70_000, "GPU-b": 0}
         self.is_on = False
@@ -83,7 +87,8 @@ class FakeNvml:
         return uuid
 
     def nvmlDeviceGetTotalEnergyConsumption(self, handle: int | str) -> int:  # noqa: N802
-        assert self.is_on
+        if not self.is_on:
+            raise self.NVMLError
         return self.spent_mj[handle]
 
 
@@ -94,6 +99,15 @@ def test_gpus_count_those_that_are_visible_by_the_reserved_share():
     nvml.spent_mj.update({0: 99_000, 1: 72_000, "GPU-b": 500})
     assert meter.read() == {"nvml": pytest.approx(1.25), "rapl": None}
     assert visible_gpus(nvml, {}) == []
+
+
+def test_counters_that_vanish_end_the_measurement_and_nothing_else(powercap):
+    nvml = FakeNvml()
+    meter = Clock().meter(powercap, GpuCounters(nvml, visible_gpus(nvml, {"CUDA_VISIBLE_DEVICES": "0"}), 1.0))
+    assert None not in meter.read().values()
+    nvml.is_on = False
+    (powercap / "intel-rapl:0" / "energy_uj").unlink()
+    assert meter.read() == meter.read() == {"nvml": None, "rapl": None}
 
 
 def key(name: str, **labels: str):
@@ -115,8 +129,18 @@ def test_use_is_what_has_grown():
     assert models == [Use("m", 40.0, 20.0)] and models[0].joules_per_token == 0.5
     assert models[0].tokens_per_kwh == 7_200_000
     assert workers == [Use("new", 8.0, None), Use("r", 80.0, 10.0)]
+    after[key("switchyard_energy_measured", kind="worker", id="new", source="rapl")] = 0.0
+    assert uses(before, after)[0] == [Use("m", 40.0, None)]
     text = render(models, workers)
     assert "not measured" in text[4] and "7.2e+06" in text[1]
+
+
+def test_a_key_is_read_from_a_file_or_refused_with_words(tmp_path):
+    file = tmp_path / "key"
+    file.write_text("sk-1\n")
+    assert read_key(file) == "sk-1" and read_key(None) is None
+    with pytest.raises(ConfigError, match="--key-file: cannot read"):
+        read_key(tmp_path / "none")
 
 
 def test_no_joules_and_no_tokens_are_told_apart():

@@ -88,8 +88,14 @@ def test_no_page_is_left_of_an_alert_that_is_gone():
 def test_promtool_accepts_the_rules_and_the_configuration(tmp_path):
     assert f"{len(ALERTS)} rules found" in promtool("check", "rules", str(ROOT / RULES))
     file = tmp_path / "prometheus.yml"
-    file.write_text(yaml.safe_dump(config("127.0.0.1:8000")))
-    promtool("check", "config", str(file))
+    key_file = tmp_path / "key"
+    key_file.write_text("k")
+    for settings in (config("http://127.0.0.1:8000"), config("https://host:8000", key_file)):
+        file.write_text(yaml.safe_dump(settings))
+        promtool("check", "config", str(file))
+    (job,) = settings["scrape_configs"]
+    assert job["scheme"] == "https" and job["authorization"]["credentials_file"] == str(key_file)
+    assert job["static_configs"] == [{"targets": ["host:8000"]}]
 
 
 def test_alerts_fire_when_they_should(tmp_path):
