@@ -5,20 +5,21 @@ Measures over HTTP only, as a user would; what it starts are processes. Nothing 
 
 import argparse
 
-from ops.bench import compare, make_model, workers
+from ops.bench import compare, fit, make_model, workers
 
 DESCRIPTION = """\
 Measure Switchyard against colocated vLLM on this machine.
 
   switchyard bench make-model /tmp/bench-mixtral       a random Mixtral, 1.4 GB
   switchyard bench compare --model /tmp/bench-mixtral  both sides in turn, three rounds; some minutes
-  switchyard bench workers --model /tmp/bench-mixtral  Switchyard with 1, 2, 3 and 4 workers, as JSON
+  switchyard bench workers --model /tmp/bench-mixtral  Switchyard with 1, 2 and 4 workers, as JSON
 """
 
 COMMANDS = {
     "make-model": (make_model, "write a random Mixtral checkpoint"),
     "compare": (compare, "measure colocated vLLM and Switchyard, and print their ratios"),
     "workers": (workers, "measure Switchyard with one, two, .. expert workers, and print JSON"),
+    "fit": (fit, "make the constants of plans and simulations from that, and say how far off they are"),
 }
 
 
