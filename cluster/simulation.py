@@ -39,7 +39,8 @@ class Costs:
     call: CallCost
     step_s: float
     """Of an engine's step beside its kernels: scheduling, sampling, HTTP."""
-    step_token_s: float
+    step_request_s: float
+    """Of that, for each request in the step."""
     message_s: float
     """Of a layer call for each worker after the first."""
     kernel_efficiency: float
@@ -213,7 +214,7 @@ class _Simulation:
             return
         cached = sum(request.cached for request in engine.running)
         kernels_s = dense_seconds(cluster.model, cluster.engine, engine.tokens, cached) / costs.kernel_efficiency
-        beside_s = costs.step_s + costs.step_token_s * engine.tokens
+        beside_s = costs.step_s + costs.step_request_s * len(engine.chunks)
         engine.layer, engine.layer_s = 0, kernels_s / cluster.model.num_moe_layers
         self._at(self._now_s + beside_s + engine.layer_s, self._guarded(engine, self._call_layer))
 

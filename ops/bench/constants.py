@@ -30,7 +30,7 @@ def costs_of(values: Mapping[str, Any]) -> Costs:
     return Costs(
         call=CallCost(values["call_us"] / 1e6, values["call_token_us"] / 1e6),
         step_s=values["step_us"] / 1e6,
-        step_token_s=values["step_token_us"] / 1e6,
+        step_request_s=values["step_request_us"] / 1e6,
         message_s=values["message_us"] / 1e6,
         kernel_efficiency=values["kernel_efficiency"],
         notice_s=values["notice_s"],

@@ -69,12 +69,12 @@ def fit(runs: Sequence[Run], cluster: SimCluster) -> dict[str, float]:
     call_us, call_token_us = _line(low, _beside_us(first), high, _beside_us(last))
     efficiency = sum(_efficiency(each, cluster) for each in (first, last)) / 2
     steps = [_step_us(each, cluster, efficiency) for each in (first, last)]
-    step_us, step_token_us = _line(first["streams"], steps[0], last["streams"], steps[1])
+    step_us, step_request_us = _line(first["streams"], steps[0], last["streams"], steps[1])
     return {
         "call_us": round(call_us, 1),
         "call_token_us": round(call_token_us, 2),
         "step_us": round(step_us, 1),
-        "step_token_us": round(step_token_us, 1),
+        "step_request_us": round(step_request_us, 1),
         "message_us": round(_message_us(runs, first), 1),
         "kernel_efficiency": round(efficiency, 3),
     }

@@ -39,7 +39,7 @@ def test_what_was_put_in_comes_out(plan):
     values = fit([made(1), made(16), made(1, workers=3)], cluster)
     assert values["call_us"] == pytest.approx(500, abs=1) and values["call_token_us"] == pytest.approx(10, abs=0.1)
     assert values["message_us"] == pytest.approx(100)
-    assert 0 < values["step_us"] < 4000 and values["step_token_us"] == pytest.approx(200, rel=0.1)
+    assert 0 < values["step_us"] < 4000 and values["step_request_us"] == pytest.approx(200, rel=0.1)
     assert 0.1 < values["kernel_efficiency"] < 1.5
     lines = list(comparison([made(1), made(16)], cluster, {**values, "notice_s": 1}, Workload(6.0, 1.0, 1)))
     assert len(lines) == 3 and all("%" in line for line in lines[1:])

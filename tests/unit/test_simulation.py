@@ -44,7 +44,7 @@ def test_a_step_takes_what_its_parts_take():
     alone = simulate(cluster(), LOAD, FREE)
     assert alone.itl_mean_s == pytest.approx(4e-3)
     assert alone.tokens_per_s == pytest.approx(1 / alone.itl_mean_s, rel=0.05)
-    costs = dataclasses.replace(FREE, call=CallCost(1e-3, 1e-3), step_s=5e-3, step_token_s=1e-3)
+    costs = dataclasses.replace(FREE, call=CallCost(1e-3, 1e-3), step_s=5e-3, step_request_s=1e-3)
     slower = simulate(cluster(), LOAD, costs)
     assert slower.itl_mean_s - alone.itl_mean_s == pytest.approx(2 * 2e-3 + 6e-3, rel=0.05)
     halved = simulate(cluster(), LOAD, dataclasses.replace(FREE, kernel_efficiency=0.5))
