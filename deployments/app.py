@@ -97,11 +97,13 @@ def build_app(args: Mapping[str, Any]) -> Application:
 
 def _worker_deployments(settings: Settings, shard: int, num_shards: int) -> Iterator[tuple[Any, Role]]:
     """A shard's primaries, and its shadow if it has one."""
-    gpus, nodes, shadow_nodes, has_shadow = _gpus(settings.worker.num_gpus), (), (), settings.shadow is not None
+    gpus, has_shadow = _gpus(settings.worker.num_gpus), settings.shadow is not None
+    nodes: tuple[str, ...] = ()
+    shadow_nodes: tuple[str, ...] = ()
     if settings.layout is not None:
         planned = settings.layout.shards[shard]
-        gpus, nodes = float(planned.device == "gpu"), planned.nodes
-        has_shadow, shadow_nodes = planned.shadow is not None, (planned.shadow,)
+        gpus, nodes, has_shadow = float(planned.device == "gpu"), planned.nodes, planned.shadow is not None
+        shadow_nodes = (planned.shadow,) if planned.shadow is not None else ()
     replicas = replicas_of(settings, num_shards)[shard]
     yield _deployment(ExpertWorker, experts_name(shard), replicas, gpus, _ROUTER_CALLS, nodes), Role.PRIMARY
     if has_shadow:

@@ -126,7 +126,8 @@ def _shard(shard: Mapping[str, Any], nodes: Mapping[str, Node]) -> SimShard:
         chip = nodes[name].gpu if shard["device"] == "gpu" else nodes[name].host
         assert chip is not None
         workers += [(name, chip)] * (shard["replicas"] // len(shard["nodes"]))
-    return SimShard(*shard["layers"], *shard["experts"], tuple(workers))
+    (first_layer, end_layer), (first_expert, end_expert) = shard["layers"], shard["experts"]
+    return SimShard(first_layer, end_layer, first_expert, end_expert, tuple(workers))
 
 
 def _yaml(path: Path, option: str) -> Any:

@@ -124,16 +124,15 @@ def _beside_us(run: Run) -> float:
 def _efficiency(run: Run, cluster: SimCluster) -> float:
     """Roofline time of the experts of one layer, divided by what they took."""
     model, call = cluster.model, run["layer_call"]
-    return expert_seconds(model, cluster.engine.chip, model.num_experts, call["tokens_per_call"]) / (
-        call["compute_us"] / 1e6
-    )
+    roofline_s = expert_seconds(model, cluster.engine.chip, model.num_experts, call["tokens_per_call"])
+    return roofline_s / (float(call["compute_us"]) / 1e6)
 
 
 def _step_us(run: Run, cluster: SimCluster, efficiency: float) -> float:
     """Time between tokens without layer calls and without the engine's own kernels."""
-    calls_us = cluster.model.num_moe_layers * (_beside_us(run) + run["layer_call"]["compute_us"])
+    calls_us = cluster.model.num_moe_layers * (_beside_us(run) + float(run["layer_call"]["compute_us"]))
     dense_us = dense_seconds(cluster.model, cluster.engine, run["streams"], 0) / efficiency * 1e6
-    return float(run["itl_ms"] * 1e3 - calls_us - dense_us)
+    return float(run["itl_ms"]) * 1e3 - calls_us - dense_us
 
 
 def _message_us(runs: Sequence[Run], first: Run) -> float:
@@ -142,4 +141,4 @@ def _message_us(runs: Sequence[Run], first: Run) -> float:
     if most["workers"] == 1:
         return 0.0
     grown = sum(most["layer_call"][key] - first["layer_call"][key] for key in _FRONT)
-    return max(0.0, float(grown) / (most["workers"] - 1))
+    return max(0.0, float(grown) / float(most["workers"] - 1))
