@@ -1,5 +1,6 @@
 # make serve [MODEL=path] [ARGS="--workers 4 --port 9000"]   install what is missing, start, Ctrl-C stops
 # make test [PYTEST_ARGS="tests/unit"]                       install what tests need, run them
+# make observe [ARGS="--listen 9191"]                        Prometheus against the cluster that runs here
 # make install [GPU=1]                                       only install (GPU=1: the build for NVIDIA GPUs)
 # make lint, make format, make clean
 
@@ -7,7 +8,7 @@ SHELL := /bin/bash
 KIND := $(if $(GPU),gpu,cpu)
 BIN := .venv/bin
 
-.PHONY: serve test install install-test lint format clean
+.PHONY: serve observe test install install-test lint format clean
 
 install:
 	@ops/install.sh $(KIND)
@@ -17,6 +18,9 @@ install-test:
 
 serve: install
 	@exec $(BIN)/switchyard serve $(if $(MODEL),--model "$(MODEL)") $(ARGS)
+
+observe: install
+	@exec $(BIN)/switchyard observe $(ARGS)
 
 test: install-test
 	@$(BIN)/python -m pytest $(if $(GPU),,-m "not gpu") $(PYTEST_ARGS)

@@ -6,7 +6,7 @@ import time
 
 from cluster import wire
 from cluster.blame import Cause, Suspicions
-from cluster.calls import DONE, PENDING, Counters, Part
+from cluster.calls import DONE, PENDING, Outbox, Part
 from cluster.finite import all_finite_of
 from cluster.transport import Link, Slot
 
@@ -16,8 +16,9 @@ _now_ns = time.monotonic_ns
 class Answers:
     """The callbacks of a dispatcher's links, in its thread."""
 
-    def __init__(self, counters: Counters, suspicions: Suspicions, shape: wire.Agreement) -> None:
-        self._counters = counters
+    def __init__(self, outbox: Outbox, suspicions: Suspicions, shape: wire.Agreement) -> None:
+        self._counters = outbox.counters
+        self._wire = outbox.timings.wire
         self._suspicions = suspicions
         self._hidden = shape.hidden
         self._all_finite = all_finite_of(shape.dtype)
@@ -39,8 +40,13 @@ class Answers:
         part.state = DONE
         part.call.num_open -= 1
         now_ns = _now_ns()
-        part.route.latency.note(part.num_tokens, now_ns - slot.sent_ns)
+        took_ns = now_ns - slot.sent_ns
+        part.route.latency.note(part.num_tokens, took_ns)
+        wire_ns = took_ns - compute_ns - queue_ns
+        self._wire.note(wire_ns if wire_ns > 0 else 0)  # a worker may say anything
         counters = self._counters
+        counters.answered += 1
+        counters.answered_rows += part.num_tokens
         counters.compute_ns += compute_ns
         counters.queue_ns += queue_ns
         if part.rivals:
@@ -110,4 +116,5 @@ class Answers:
                 part.source = slot.arrays(part.num_tokens)[:3]
                 part.state = PENDING
                 part.call.trouble = True
+                self._counters.lost += 1
             part.slot = None

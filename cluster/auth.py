@@ -4,12 +4,14 @@
     client -> server  Proof     (72 bytes)  0 "SWYP"  4 version=1  5 purpose  6 reserved 2  8 client nonce 32  40 mac 32
     server -> client  Accept    (40 bytes)  0 "SWYA"  4 version=1  5 reserved 3             8 mac 32
 
-    mac = HMAC-SHA256(secret, "switchyard " + role + version + purpose + server nonce + client nonce), role "client" or
-    "server": a proof made for one role or purpose is worth nothing in another, and the client proves itself first, so
-    that a listening port answers strangers with nothing but a random number.
+    mac = HMAC-SHA256(secret, "switchyard " + role + version + purpose + server nonce + client nonce + binding), role
+    "client" or "server": a proof made for one role or purpose is worth nothing in another, and the client proves itself
+    first, so that a listening port answers strangers with nothing but a random number. The binding is empty without
+    TLS, and else what cluster/tls.py says: a proof made for one certificate is worth nothing with another.
 
-Purposes: 1 expert calls, 2 routing tables. The exchange proves who opened the connection; later bytes are neither
-encrypted nor signed: the data plane belongs on a network on which nobody can write into others' TCP connections.
+Purposes: 1 expert calls, 2 routing tables. The exchange proves who opened the connection; without TLS later bytes are
+neither encrypted nor signed, and TCP connections belong on a network on which nobody can write into others'.
+While the secret is being changed (cluster/rotation.py), a server takes the former and the next one.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import hmac
 import os
 import socket
 import time
+from collections.abc import Callable, Sequence
 
 from cluster.errors import BadMagic, BadReserved, BadVersion, ConfigError, ConnectionLost, HandshakeTimeout, WrongSecret
 
@@ -29,6 +32,13 @@ CHALLENGE_BYTES, PROOF_BYTES, ACCEPT_BYTES = 40, 72, 40
 
 _NONCE_BYTES = 32
 
+Secret = bytes | Callable[[], bytes]  # itself, or what reads the current one
+
+
+def current(secret: Secret) -> bytes:
+    """The secret to prove now. Raises ConfigError for one that is too short, OSError where it cannot be read."""
+    return check_secret(secret if isinstance(secret, bytes) else secret())
+
 
 def check_secret(secret: bytes) -> bytes:
     """The secret itself; raises ConfigError for one that is too short to be one."""
@@ -37,8 +47,10 @@ def check_secret(secret: bytes) -> bytes:
     return bytes(secret)
 
 
-def _mac(secret: bytes, role: bytes, purpose: int, server_nonce: bytes, client_nonce: bytes) -> bytes:
-    message = b"switchyard " + role + bytes((VERSION, purpose)) + server_nonce + client_nonce
+def _mac(
+    secret: bytes, role: bytes, purpose: int, server_nonce: bytes, client_nonce: bytes, binding: bytes = b""
+) -> bytes:
+    message = b"switchyard " + role + bytes((VERSION, purpose)) + server_nonce + client_nonce + binding
     return hmac.new(secret, message, hashlib.sha256).digest()
 
 
@@ -52,13 +64,17 @@ def _check_head(data: bytes, magic: bytes, reserved: bytes) -> None:
 
 
 class ServerHandshake:
-    """The server's half, without a socket: send `challenge`, then feed PROOF_BYTES to `answer`."""
+    """The server's half, without a socket: send `challenge`, then feed PROOF_BYTES to `answer`.
 
-    __slots__ = ("_nonce", "_purpose", "_secret", "challenge")
+    A proof with `secret` or with one of `others` is taken.
+    """
 
-    def __init__(self, secret: bytes, purpose: int) -> None:
-        self._secret = secret
+    __slots__ = ("_binding", "_nonce", "_purpose", "_secrets", "challenge")
+
+    def __init__(self, secret: bytes, purpose: int, others: Sequence[bytes] = (), binding: bytes = b"") -> None:
+        self._secrets = (secret, *others)
         self._purpose = purpose
+        self._binding = binding
         self._nonce = os.urandom(_NONCE_BYTES)
         self.challenge = b"SWYC" + bytes((VERSION, 0, 0, 0)) + self._nonce
 
@@ -66,14 +82,15 @@ class ServerHandshake:
         """The Accept bytes. Raises WrongSecret for a wrong proof or purpose, or a Malformed class."""
         _check_head(proof, b"SWYP", proof[6:8])
         client_nonce, mac = proof[8:40], proof[40:72]
-        expected = _mac(self._secret, b"client", self._purpose, self._nonce, client_nonce)
-        if proof[5] != self._purpose or not hmac.compare_digest(mac, expected):
+        terms = (self._purpose, self._nonce, client_nonce, self._binding)
+        held = [hmac.compare_digest(mac, _mac(secret, b"client", *terms)) for secret in self._secrets]
+        if proof[5] != self._purpose or not any(held):
             raise WrongSecret("the client does not hold the cluster's secret, or wants another service")
-        own = _mac(self._secret, b"server", self._purpose, self._nonce, client_nonce)
+        own = _mac(self._secrets[held.index(True)], b"server", *terms)
         return b"SWYA" + bytes((VERSION, 0, 0, 0)) + own
 
 
-def client_handshake(sock: socket.socket, secret: bytes, purpose: int, deadline_s: float) -> None:
+def client_handshake(sock: socket.socket, secret: bytes, purpose: int, deadline_s: float, binding: bytes = b"") -> None:
     """Run the client's half on a connected socket, blocking until time.monotonic() reaches `deadline_s`.
 
     Raises HandshakeTimeout, ConnectionLost, WrongSecret (the server does not hold the secret) or a Malformed class.
@@ -82,11 +99,11 @@ def client_handshake(sock: socket.socket, secret: bytes, purpose: int, deadline_
     challenge = receive_exactly(sock, CHALLENGE_BYTES, deadline_s)
     _check_head(challenge, b"SWYC", challenge[5:8])
     server_nonce, client_nonce = challenge[8:40], os.urandom(_NONCE_BYTES)
-    mac = _mac(secret, b"client", purpose, server_nonce, client_nonce)
+    mac = _mac(secret, b"client", purpose, server_nonce, client_nonce, binding)
     send_exactly(sock, b"SWYP" + bytes((VERSION, purpose, 0, 0)) + client_nonce + mac, deadline_s)
     accept = receive_exactly(sock, ACCEPT_BYTES, deadline_s)
     _check_head(accept, b"SWYA", accept[5:8])
-    if not hmac.compare_digest(accept[8:40], _mac(secret, b"server", purpose, server_nonce, client_nonce)):
+    if not hmac.compare_digest(accept[8:40], _mac(secret, b"server", purpose, server_nonce, client_nonce, binding)):
         raise WrongSecret("the server does not hold the cluster's secret")
 
 

@@ -104,9 +104,12 @@ class Latency:
         self._mean_ns[size] = mean_ns + ((ns - mean_ns) >> 3) if mean_ns else ns
 
     def expected_ns(self, num_tokens: int) -> int:
-        """The mean for such calls, or, scaled up by tokens, that of the next smaller ones; 0 if none is known."""
+        """The mean for such calls; else that of the next smaller ones, scaled up by tokens; else of larger ones.
+
+        0 if no call was answered yet.
+        """
         size = num_tokens.bit_length()
         for smaller in range(size, -1, -1):
             if self._mean_ns[smaller]:
                 return self._mean_ns[smaller] << (size - smaller)
-        return 0
+        return next(filter(None, self._mean_ns[size:]), 0)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from cluster import wire
+from cluster.histogram import Histogram
 from cluster.plan import Plan, Route
 from cluster.transport import Link, Slot
 
@@ -115,6 +117,7 @@ class Call:
         "on_host",
         "parts",
         "trouble",
+        "trouble_ns",
     )
 
     def __init__(self, layer: int, num_tokens: int, on_host: bool, check_ns: int, deadline_ns: int) -> None:
@@ -129,6 +132,7 @@ class Call:
         self.next_part = 0  # the first that is not combined yet: the order of combining is that of `parts`
         self.disjoint = False  # no two parts share a row and each covers all its rows' choices: copy instead of add
         self.trouble = False  # some part is PENDING, or overdue
+        self.trouble_ns = 0  # when a part first had to go elsewhere; 0 for the calls in which none had to
 
 
 @dataclass(slots=True)
@@ -138,6 +142,9 @@ class Counters:
     calls: int = 0
     tokens: int = 0
     messages: int = 0
+    posted_rows: int = 0  # in messages, with those sent again
+    answered: int = 0  # messages, with numbers that were used; their rows
+    answered_rows: int = 0
     whole_calls: int = 0  # taken by the fast path: one worker holds the layer
     rows_dispatched: int = 0
     rows_combined: int = 0
@@ -148,6 +155,7 @@ class Counters:
     not_finite: int = 0  # answers with NaN or infinity that were asked for once more
     not_finite_kept: int = 0  # ... and came again, so the input is to blame
     resplit: int = 0
+    lost: int = 0  # messages whose connection broke before the answer came
     expired: int = 0
     errors: int = 0
     refused_draining: int = 0
@@ -160,11 +168,32 @@ class Counters:
     combine_ns: int = 0
 
 
+class Timings:
+    """Where layer calls' time goes, by the engine's clock. dispatch, wait, combine: per call; wire: per message.
+
+    wire is what is left of a message's round trip beside the worker's queue and kernel; stall is the time from the
+    moment in which a part of a call had to go to another replica, or wait for one, to the end of the call.
+    """
+
+    __slots__ = ("combine", "dispatch", "stall", "wait", "wire")
+
+    def __init__(self) -> None:
+        self.dispatch = Histogram()
+        self.wait = Histogram()
+        self.combine = Histogram()
+        self.wire = Histogram()
+        self.stall = Histogram()
+
+    def to_json(self) -> dict[str, Any]:
+        return {name: getattr(self, name).to_json() for name in self.__slots__}
+
+
 class Outbox:
     """Numbers calls, posts parts to links, and decides how long each is waited for before somebody else is asked."""
 
     def __init__(self, attempt_ns: int) -> None:
         self.counters = Counters()
+        self.timings = Timings()
         self.attempt_ns = attempt_ns
         self.least_patience_ns = min(_LEAST_PATIENCE_NS, attempt_ns)
         self.budget_us = min(attempt_ns // 1000, wire.MAX_BUDGET_US)
@@ -182,6 +211,7 @@ class Outbox:
         link.write_header(slot, call_id, part.call.layer, budget_us, now_ns)
         link.post(slot)
         self.counters.messages += 1
+        self.counters.posted_rows += part.num_tokens
         if self._hedges < _MAX_HEDGES:
             self._hedges += _HEDGES_PER_MESSAGE
 
@@ -190,6 +220,33 @@ class Outbox:
         if not expected_ns or self._hedges < 1:
             return self.attempt_ns
         return min(max(_PATIENCE * expected_ns, self.least_patience_ns), self.attempt_ns)
+
+    def count_sent(self, begin_ns: int, filled_ns: int, now_ns: int) -> None:
+        """A call that began at `begin_ns` has all its parts in slots since `filled_ns`, and all workers rung now."""
+        self.counters.gather_ns += filled_ns - begin_ns
+        self.counters.send_ns += now_ns - filled_ns
+        self.timings.dispatch.note(now_ns - begin_ns)
+
+    def count_finished(self, call: Call, begin_ns: int, waited_ns: int, now_ns: int) -> None:
+        """A call that was waited for from `begin_ns` to `waited_ns` is combined now."""
+        self.counters.wait_ns += waited_ns - begin_ns
+        self.counters.combine_ns += now_ns - waited_ns
+        self.timings.wait.note(waited_ns - begin_ns)
+        self.timings.combine.note(now_ns - waited_ns)
+        if call.trouble_ns:
+            self.timings.stall.note(now_ns - call.trouble_ns)
+
+    def metrics(self, shape: wire.Agreement) -> dict[str, Any]:
+        """Counters, {"seconds": timings}, and bytes on the wire without padding, as plain JSON types."""
+        c = self.counters
+        row_bytes = shape.row_bytes
+        sent_row_bytes = row_bytes + 8 * shape.top_k  # a float32 weight and an int32 id for each choice
+        return {
+            "counters": asdict(c),
+            "bytes_sent": c.messages * wire.HEADER_BYTES + c.posted_rows * sent_row_bytes,
+            "bytes_received": c.answered * wire.HEADER_BYTES + c.answered_rows * row_bytes,
+            "seconds": self.timings.to_json(),
+        }
 
     def hedge(self) -> None:
         """A part is about to be sent a second time because the first try is silent."""

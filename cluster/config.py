@@ -43,7 +43,7 @@ class EngineSettings:
     enforce_eager: bool = False
     """Skip torch.compile: starts sooner, runs slower."""
     log_prompts: bool = False
-    """Write prompts and answers to the engine's log. Off, because they belong to the users."""
+    """Write prompts and answers to the engine's log, and let it leave core files. Off: they belong to the users."""
     vllm: Mapping[str, Any] = field(default_factory=dict)
     """More arguments of vLLM's engine by their Python names, for example {seed: 1, quantization: fp8}."""
 
@@ -56,8 +56,12 @@ class WorkerSettings:
     """Threads of its kernels. None: this host's cores divided by `workers`, at least 1."""
     num_gpus: float | None = _number(None, least=0)
     """GPUs reserved for each worker (Ray's num_gpus). None: 1 where PyTorch sees a GPU, else 0."""
-    host: str = "127.0.0.1"
-    """Address its TCP port binds to. Engines on other hosts need one that they can reach: `node` is each node's own."""
+    host: str = "auto"
+    """Address its TCP port binds to. auto: its machine's in the Ray cluster, loopback under `switchyard serve`."""
+    tls: str = "auto"
+    """auto: TLS with a certificate of its own unless `host` is loopback; off; or a PEM file, certificate and key."""
+    fault_injection: bool = False
+    """Let processes of the same user order faults of it, as `switchyard bench faults` does. Not for production."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +120,12 @@ class Settings:
     """Seconds that engines and workers may take to become ready."""
     worker_lost_after_s: float = _number(5.0, above=0)
     """Seconds without a heartbeat after which the router takes a worker for gone (it sends one every second)."""
+    api_keys: str | None = None
+    """File of the API keys that HTTP asks for (`switchyard keys`), on the head node. None: no keys are asked for."""
+    allow_anonymous: bool = False
+    """Serve everybody without a key even where other machines can reach HTTP."""
+    metrics: bool = True
+    """Count and time layer calls, requests and energy, and serve the whole cluster's metrics at /metrics."""
     layout: LayoutSettings | None = None
     """Where everything runs, in place of `workers`, `replicas` and `shadow`. None: Ray finds room."""
     engine: EngineSettings = field(default_factory=EngineSettings)

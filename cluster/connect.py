@@ -10,6 +10,7 @@ from cluster import auth, wire
 from cluster.errors import ConnectionLost, Refused
 from cluster.routing import Replica, Shard, host_id
 from cluster.shm import Arena, new_doorbell
+from cluster.tls import connect_tls
 from cluster.transport import Link, ShmLink, TcpLink
 
 
@@ -27,10 +28,13 @@ def connect(
     Raises HandshakeError (Refused says why), ConnectionLost or a Malformed class.
     """
     deadline_s = time.monotonic() + timeout_s
+    binding = b""
     local = replica.endpoint.host_id == host_id()
     sock = _open_socket(replica, local, timeout_s)
     try:
-        auth.client_handshake(sock, secret, auth.EXPERT_CALLS, deadline_s)
+        if not local and replica.endpoint.tls:
+            sock, binding = connect_tls(sock, timeout_s)
+        auth.client_handshake(sock, secret, auth.EXPERT_CALLS, deadline_s, binding)
         link: Link
         if local:
             link = _agree_shm(replica, sock, agreement, engine_id, fingerprint, deadline_s)

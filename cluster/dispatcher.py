@@ -48,7 +48,7 @@ class Dispatcher:
         self,
         *,
         engine_id: str,
-        secret: bytes,
+        secret: auth.Secret,
         hidden_size: int,
         top_k: int,
         dtype: torch.dtype,
@@ -61,7 +61,7 @@ class Dispatcher:
     ) -> None:
         if expert_timeout_s <= 0:
             raise ConfigError(f"expert_timeout_s must be positive, not {expert_timeout_s}")
-        auth.check_secret(secret)
+        auth.current(secret)
         wire.dtype_code(dtype)
         self._shape = wire.Agreement(hidden_size, top_k, dtype, max_tokens, num_slots)
         self._dtype = dtype
@@ -70,8 +70,16 @@ class Dispatcher:
         attempt_s = expert_timeout_s / 3 if attempt_timeout_s is None else min(attempt_timeout_s, expert_timeout_s)
         self._outbox = Outbox(int(attempt_s * 1e9))
         self._suspicions = Suspicions(on_accused)
-        answers = Answers(self._outbox.counters, self._suspicions, self._shape)
-        self._links = Links(self._shape, engine_id, secret, self._suspicions, answers.on_reply, answers.on_down)
+        answers = Answers(self._outbox, self._suspicions, self._shape)
+        self._links = Links(
+            self._shape,
+            engine_id,
+            secret,
+            self._suspicions,
+            answers.on_reply,
+            answers.on_down,
+            self._outbox.attempt_ns,
+        )
         self._sum = Accumulator(hidden_size, max_tokens)
         self._recovery = Recovery(self._links, self._outbox, self._sum, self._timeout_ns, on_timeout)
         self._staging: Staging | None = None  # made when the first tensor on another device comes
@@ -160,6 +168,12 @@ class Dispatcher:
             "open_calls": len(self._calls),
         }
 
+    def metrics(self) -> dict[str, Any]:
+        """What is published of this dispatcher (cluster/readings.py), as plain JSON types. From any thread."""
+        plan = self._links.plan
+        epoch = plan.table.epoch if plan else -1
+        return {**self._outbox.metrics(self._shape), "accusations": dict(self._suspicions.counts), "epoch": epoch}
+
     def check_integrity(self) -> None:
         """Raise IntegrityError unless rows dispatched = combined + failed + in flight, and no slot is lost."""
         c = self.counters
@@ -247,8 +261,7 @@ class Dispatcher:
         filled_ns = _now_ns()
         self._outbox.post(part, link, slot, filled_ns, self._outbox.budget_us)
         _ring(link, bells)
-        counters.gather_ns += filled_ns - begin_ns
-        counters.send_ns += _now_ns() - filled_ns
+        self._outbox.count_sent(begin_ns, filled_ns, _now_ns())
 
     def _send_split(
         self,
@@ -296,8 +309,7 @@ class Dispatcher:
             self._outbox.post(part, link, slot, filled_ns, self._outbox.budget_us)
         for _, link, _ in filled:
             _ring(link, bells)
-        self.counters.gather_ns += filled_ns - begin_ns
-        self.counters.send_ns += _now_ns() - filled_ns
+        self._outbox.count_sent(begin_ns, filled_ns, _now_ns())
 
     # -- finish ---------------------------------------------------------------------------------------------------
 
@@ -308,7 +320,6 @@ class Dispatcher:
             raise InvalidCall(f"out is on {out_TD.device}, x was not")
 
     def _finish(self, call: Call, out_TD: torch.Tensor) -> None:
-        counters = self.counters
         begin_ns = _now_ns()
         target = out_TD if call.on_host or self._staging is None else self._staging.output(call.num_tokens)
         if not target.is_contiguous():
@@ -326,8 +337,7 @@ class Dispatcher:
             if self._staging is not None and not call.on_host:
                 self._staging.output_used()
         call.parts.clear()  # they refer to each other: do not leave them to the garbage collector's pauses
-        counters.wait_ns += waited_ns - begin_ns
-        counters.combine_ns += _now_ns() - waited_ns
+        self._outbox.count_finished(call, begin_ns, waited_ns, _now_ns())
 
     def _wait(self, call: Call, out_TD: torch.Tensor) -> None:
         """Until every part is answered. What can be combined meanwhile, is."""

@@ -14,6 +14,7 @@
        |- ConnectionLost          server   yes    503   a peer closed, reset or cannot be reached
        |- HandshakeError          server   yes    503
        |  |- HandshakeTimeout     server   yes    503   the peer was silent for too long
+       |  |- TlsFailed            server   no     503   the peer speaks no TLS, or not this one
        |  |- WrongSecret          server   no     503   the peer does not hold the cluster's secret
        |  |- Refused              server   no     503   the peer holds the secret but will not serve us; says why
        |- Malformed               server   no     500   bytes that break the wire format; one class per way
@@ -123,6 +124,12 @@ class HandshakeError(DataPlaneError):
 
 class HandshakeTimeout(HandshakeError):
     """The peer did not finish the handshake in time."""
+
+
+class TlsFailed(HandshakeError):
+    """The peer does not speak TLS 1.3 where it is asked for."""
+
+    retryable = False
 
 
 class WrongSecret(HandshakeError):

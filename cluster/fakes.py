@@ -137,7 +137,13 @@ class ThreadWorker:
     """An expert server in a daemon thread. `tcp` makes replica() look as if it were on another host."""
 
     def __init__(
-        self, shape: ToyShape, shard: Shard, compute: ComputeFn | None = None, tcp: bool = False, **options: Any
+        self,
+        shape: ToyShape,
+        shard: Shard,
+        compute: ComputeFn | None = None,
+        tcp: bool = False,
+        server: type[ExpertServer] = ExpertServer,
+        **options: Any,
     ) -> None:
         self.toy = ToyExperts(shard.experts)
         self._shard_id = shard.shard_id
@@ -150,7 +156,7 @@ class ThreadWorker:
             "dtype": shape.dtype,
             "max_tokens": shape.max_tokens,
         }
-        self.server = ExpertServer(
+        self.server = server(
             compute=compute or self.toy.compute,
             layers=range(shard.first_layer, shard.end_layer),
             num_local_experts=len(shard.experts),

@@ -3,7 +3,8 @@
 After the handshake (cluster/auth.py, purpose 2) the feed sends frames: 4 bytes little-endian length, then that many
 bytes of JSON, RoutingTable.to_json(). A new subscriber gets the newest table at once; a slow one may miss older tables,
 never the newest. A subscriber sends frames of the same form: {"stalled": true} when a layer call has waited for
-expert_timeout_s in vain, {"stalled": false} when layer calls go on, and {"accused": [replica_id, cause]}.
+expert_timeout_s in vain, {"stalled": false} when layer calls go on, {"accused": [replica_id, cause]}, and now and then
+{"metrics": Dispatcher.metrics()}.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _LENGTH = struct.Struct("<I")
 MAX_TABLE_BYTES = 64 << 20
 _HANDSHAKE_TIMEOUT_S = 5.0
 _MAX_SUBSCRIBERS = 256
-_MAX_REPORT_BYTES = 4096
+_MAX_REPORT_BYTES = 32 << 10
 _RETRY_S = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
@@ -45,6 +46,7 @@ class _Subscriber:
         self.handshake = auth.ServerHandshake(secret, auth.ROUTING_TABLES)
         self.is_open = False
         self.is_stalled = False
+        self.metrics: dict[str, Any] | None = None
         self.inbox = bytearray()
         self.outbox = bytearray(self.handshake.challenge)
         self.next_frame: bytes | None = None  # sent when the frame in the outbox is out; only the newest is kept
@@ -153,6 +155,10 @@ class TableFeed:
                 self._frame = _LENGTH.pack(len(data)) + data
                 os.eventfd_write(self._wake, 1)
 
+    def metrics(self) -> list[dict[str, Any]]:
+        """The newest Dispatcher.metrics() of every subscriber that has sent any."""
+        return [subscriber.metrics for subscriber in list(self._subscribers) if subscriber.metrics is not None]
+
     def close(self) -> None:
         """Disconnect everybody and end the thread. Idempotent."""
         with self._lock:
@@ -220,6 +226,8 @@ class TableFeed:
                 self._judge()
             case {"accused": [str(replica_id), str(cause)]} if cause in {each.value for each in Cause}:
                 self._on_accused(replica_id, Cause(cause))
+            case {"metrics": dict(metrics)}:
+                subscriber.metrics = metrics
             case _:
                 raise BadType("a report of an unknown kind")
 
@@ -272,6 +280,10 @@ class TableSubscriber:
     def accuse(self, replica_id: str, cause: Cause) -> None:
         """Tell the feed whom this process suspects. Never waits; lost if there is no connection."""
         self._send({"accused": [replica_id, cause.value]})
+
+    def publish(self, metrics: dict[str, Any]) -> None:
+        """Give the feed this process's newest Dispatcher.metrics(). Never waits; lost if there is no connection."""
+        self._send({"metrics": metrics})
 
     def _send(self, report: dict[str, Any]) -> None:
         with self._lock:

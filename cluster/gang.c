@@ -1,16 +1,11 @@
 /* Waiting for a descriptor with every thread of the calling thread's OpenMP team. See cluster/gang.py. */
 
-#define _GNU_SOURCE
-#include <dlfcn.h>
+#include "team.h"
 #include <errno.h>
 #include <poll.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <unistd.h>
-
-/* libgomp's entry point for "#pragma omp parallel" (libgomp/libgomp_g.h). Looked up instead of linked, so that it is the
- * one that torch has loaded: another copy would have other threads. */
-typedef void (*parallel_fn)(void (*)(void *), void *, unsigned num_threads, unsigned flags);
 
 struct waiting {
     pthread_t leader;
@@ -36,14 +31,6 @@ static void wait_in_team(void *data)
 /* Ring the eventfds `bells`, then sleep until `fd` is readable, for timeout_ms at most, in num_threads threads. */
 void switchyard_gang_wait(int fd, int timeout_ms, const int *bells, int num_bells, int num_threads)
 {
-    static parallel_fn parallel;
     struct waiting w = {pthread_self(), bells, num_bells, fd, timeout_ms};
-    if (!parallel) {
-        void *gomp = dlopen("libgomp.so.1", RTLD_NOLOAD | RTLD_NOW);
-        parallel = (parallel_fn)dlsym(gomp ? gomp : RTLD_DEFAULT, "GOMP_parallel");
-    }
-    if (parallel && num_threads > 1)
-        parallel(wait_in_team, &w, (unsigned)num_threads, 0);
-    else
-        wait_in_team(&w);
+    run_in_team(wait_in_team, &w, num_threads);
 }

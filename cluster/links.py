@@ -11,12 +11,13 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+from cluster.auth import Secret, current
 from cluster.blame import Cause, Suspicions
 from cluster.connect import connect
-from cluster.errors import Closed, DataPlaneError, InvalidTable, Malformed, Refused, WrongSecret
+from cluster.errors import Closed, ConnectionLost, DataPlaneError, InvalidTable, Malformed, Refused, WrongSecret
 from cluster.gang import Gang
 from cluster.plan import Plan
 from cluster.routing import Replica, ReplicaState, Role, RoutingTable
@@ -38,10 +39,11 @@ class Links:
         self,
         agreement: Agreement,
         engine_id: str,
-        secret: bytes,
+        secret: Secret,
         suspicions: Suspicions,
         on_reply: OnReply,
         on_down: OnDown,
+        overdue_ns: int,
     ) -> None:
         self._agreement = agreement
         self._engine_id = engine_id
@@ -49,6 +51,7 @@ class Links:
         self.suspicions = suspicions
         self._on_reply = on_reply
         self._on_down = on_down
+        self._overdue_ns = overdue_ns  # after that, an answer that nobody waits for will never come
         self.plan: Plan | None = None
         self.by_replica: dict[
             Replica, Link
@@ -151,7 +154,7 @@ class Links:
                 self._agreement,
                 self._engine_id,
                 table.model_fingerprint,
-                self._secret,
+                current(self._secret),
                 _CONNECT_TIMEOUT_S,
             )
         except (Refused, WrongSecret) as e:
@@ -176,7 +179,24 @@ class Links:
             self._install(link)
         if table is not None:
             self.plan = Plan(table, self.plan)
+        now_ns = time.monotonic_ns()
+        self._reconnect_the_silent(now_ns)
         self.refill_routes()
+        self.suspicions.review_ns = min([self.suspicions.review_ns, *self._overdue_at_ns()])
+
+    def _reconnect_the_silent(self, now_ns: int) -> None:
+        """A lost answer blocks its slot for good; a new connection has all of them again."""
+        for link in list(self.by_replica.values()):
+            since_ns = link.unanswered_since_ns()
+            if since_ns is not None and now_ns >= since_ns + self._overdue_ns:
+                self.lose(link, ConnectionLost("an answer has not come and never will"))
+
+    def _overdue_at_ns(self) -> Iterator[int]:
+        """When each link with an unanswered call is to be given up."""
+        for link in self.by_replica.values():
+            since_ns = link.unanswered_since_ns()
+            if since_ns is not None:
+                yield since_ns + self._overdue_ns
 
     def _install(self, link: Link) -> None:
         self.by_replica[link.replica] = link

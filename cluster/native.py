@@ -1,4 +1,4 @@
-"""The small C library beside this file, loaded with ctypes; everything that uses it has a way without it."""
+"""The small C libraries of cluster/ and model/, loaded with ctypes; everything that uses them has a way without them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import ctypes
 import functools
 from pathlib import Path
 
+_ROOT = Path(__file__).parents[1]
+
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """cluster._native, built when Switchyard was installed; None where there was no C compiler."""
-    path = next(Path(__file__).parent.glob("_native*.so"), None)
+def library(package: str = "cluster") -> ctypes.CDLL | None:
+    """<package>._native, built when Switchyard was installed; None where there was no C compiler."""
+    path = next((_ROOT / package).glob("_native*.so"), None)
     return ctypes.CDLL(str(path)) if path is not None else None

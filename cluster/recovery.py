@@ -55,6 +55,7 @@ class Recovery:
             if part.state == SENT and now_ns >= part.overdue_ns:
                 self._hedge(part, plan, now_ns)
             if part.state == PENDING:
+                call.trouble_ns = call.trouble_ns or now_ns
                 self._send_again(part, plan, now_ns, out_TD)
         call.check_ns = min([call.deadline_ns, *(p.overdue_ns for p in call.parts if p.state == SENT)])
 
@@ -73,6 +74,7 @@ class Recovery:
         assert part.link is not None and part.slot is not None
         self._links.suspicions.accuse(part.link.replica.replica_id, Cause.SILENT, now_ns)
         self._links.refill_routes()
+        part.call.trouble_ns = part.call.trouble_ns or now_ns
         inputs = part.inputs()
         part.drop_rivals()
         part.rivals.append((part.link, part.slot))

@@ -14,10 +14,11 @@ from typing import Any
 
 from cluster.blame import Cause
 from cluster.errors import ConfigError
+from cluster.events import EventLog
 from cluster.membership import Membership
+from cluster.outages import Outages
 from cluster.routing import Replica, ReplicaState, Role, RoutingTable
 
-MAX_EVENTS = 1000
 # A spare stays until a primary of its shard has been there for so long: not to leave with the next crash.
 _RELEASE_AFTER_S = 2.0
 _ACCUSATIONS_KEPT_S = 60.0
@@ -72,7 +73,7 @@ class Spare:
 
 @dataclass
 class Engine:
-    """`fault` is what its integrity check number `checked` has found, empty for nothing."""
+    """`fault` is what its integrity check number `checked` has found, empty for nothing; `load` is how busy it is."""
 
     pid: int
     node: str
@@ -81,19 +82,7 @@ class Engine:
     heard_s: float
     checked: int = 0
     fault: str = ""
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something that people may want to know; `time_s` is Unix time."""
-
-    time_s: float
-    kind: str
-    subject: str
-    text: str
-
-    def to_json(self) -> dict[str, Any]:
-        return {"time_s": self.time_s, "kind": self.kind, "subject": self.subject, "text": self.text}
+    load: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Registry:
@@ -112,14 +101,14 @@ class Registry:
         self._membership = Membership(table, lost_after_s)
         self._lost_after_s = lost_after_s
         self._start_s = now_s
-        self._wall_offset_s = wall_s - now_s
         self._wanted = dict(wanted)
         self._most = dict(most or {})
         self._workers: dict[str, Worker] = {}
         self._spares: dict[str, Spare] = {}
         self._engines: dict[str, Engine] = {}
         self._accusations: deque[tuple[float, str, str, Cause]] = deque(maxlen=10_000)
-        self._events: deque[Event] = deque(maxlen=MAX_EVENTS)
+        self.events = EventLog(wall_s - now_s)
+        self.outages = Outages()
         self._served: set[int] = set()  # shards that had a worker once
         self._missing: set[int] = set()  # of those, the ones that have none now
         self._was_complete = False
@@ -180,7 +169,7 @@ class Registry:
 
     def drain(self, replica_id: str, now_s: float) -> None:
         """The worker takes nothing new and is about to leave."""
-        replica = self._replica(replica_id)
+        replica = self.replica(replica_id)
         if replica is not None and replica.state is ReplicaState.ONLINE:
             self._membership.drain(replica_id)
             self.note("worker_draining", replica_id, f"shard {replica.shard_id}", now_s)
@@ -188,14 +177,14 @@ class Registry:
 
     def retire(self, replica_id: str, now_s: float) -> None:
         """Have a worker drain and end. Raises ConfigError for one that is not in the table."""
-        if self._replica(replica_id) is None:
+        if self.replica(replica_id) is None:
             raise ConfigError(f"there is no worker {replica_id}; `switchyard status` lists them")
         self.drain(replica_id, now_s)
         self._workers[replica_id].shall_leave = True
 
     def leave(self, replica_id: str, why: str, now_s: float) -> None:
         """A worker has ended, in order or not. Unknown ids are no error."""
-        replica = self._replica(replica_id)
+        replica = self.replica(replica_id)
         if replica is None:
             return
         self._membership.leave(replica_id)
@@ -224,7 +213,7 @@ class Registry:
 
     def accused(self, engine_id: str, replica_id: str, cause: Cause, now_s: float) -> None:
         """An engine accuses a replica. Condemned, it has to leave; Serve starts another in its place."""
-        replica = self._replica(replica_id)
+        replica = self.replica(replica_id)
         if replica is None:
             return
         self.note("worker_suspected", replica_id, f"{cause.value}, says {engine_id}", now_s)
@@ -307,7 +296,9 @@ class Registry:
 
     # -- engines --------------------------------------------------------------------------------------------------
 
-    def engine_heartbeat(self, engine_id: str, pid: int, node: str, state: str, now_s: float) -> int:
+    def engine_heartbeat(
+        self, engine_id: str, pid: int, node: str, state: str, now_s: float, load: Mapping[str, Any] | None = None
+    ) -> int:
         """An engine lives; `state` is starting, ready or stalled. Returns the number of the newest integrity check."""
         engine = self._engines.get(engine_id)
         if engine is None:
@@ -315,8 +306,13 @@ class Registry:
         if state != engine.state:
             kind = {"stalled": "stall_began", "ready": "engine_ready"}.get(state, "engine_started")
             self.note("stall_ended" if engine.state == "stalled" else kind, engine_id, f"pid {pid}: {state}", now_s)
-        engine.state, engine.heard_s = state, now_s
+        engine.state, engine.heard_s, engine.load = state, now_s, load or {}
         return self._num_checks
+
+    @property
+    def engine_ids(self) -> tuple[str, ...]:
+        """Every engine that lives."""
+        return tuple(self._engines)
 
     def engine_checked(self, engine_id: str, number: int, fault: str) -> None:
         """An engine has done integrity check `number`."""
@@ -345,7 +341,7 @@ class Registry:
 
     def note(self, kind: str, subject: str, text: str, now_s: float) -> None:
         """Add an event."""
-        self._events.append(Event(now_s + self._wall_offset_s, kind, subject, text))
+        self.events.add(kind, subject, text, now_s)
 
     def scale(self, shard_id: int, replicas: int, now_s: float) -> None:
         """So many replicas are wanted of a shard. Raises ConfigError for an unknown shard or less than one."""
@@ -363,6 +359,11 @@ class Registry:
             self._wanted[shard_id] = replicas
 
     @property
+    def started_engines(self) -> tuple[str, ...]:
+        """Those that have loaded everything and answer scrapes."""
+        return tuple(name for name, engine in self._engines.items() if engine.state != "starting")
+
+    @property
     def wanted(self) -> Mapping[int, int]:
         return self._wanted
 
@@ -376,11 +377,18 @@ class Registry:
                 for name, spare in sorted(self._spares.items())
             ],
             "engines": [
-                {"id": name, "pid": e.pid, "node": e.node, "state": e.state, "age_s": now_s - e.since_s}
+                {
+                    "id": name,
+                    "pid": e.pid,
+                    "node": e.node,
+                    "state": e.state,
+                    "load": dict(e.load),
+                    "age_s": now_s - e.since_s,
+                }
                 for name, e in sorted(self._engines.items())
             ],
             "missing_shards": list(self.missing_shards),
-            "events": [event.to_json() for event in self._events],
+            "events": self.events.to_json(),
         }
 
     def _shard_status(self, shard_id: int, now_s: float) -> dict[str, Any]:
@@ -389,6 +397,7 @@ class Registry:
         return {
             "id": shard_id,
             "layers": [shard.first_layer, shard.end_layer],
+            "experts": list(shard.experts),
             "num_experts": len(shard.experts),
             "wanted": self._wanted[shard_id],
             "most": self._most.get(shard_id),
@@ -411,7 +420,7 @@ class Registry:
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
-    def _replica(self, replica_id: str) -> Replica | None:
+    def replica(self, replica_id: str) -> Replica | None:
         return next((r for r in self.table.replicas if r.replica_id == replica_id), None)
 
     def _review(self, now_s: float) -> None:
@@ -421,8 +430,10 @@ class Registry:
         missing &= self._served
         for shard_id in sorted(missing - self._missing):
             self.note("shard_missing", f"shard {shard_id}", "no worker is left; calls wait for one", now_s)
+            self.outages.begin(shard_id, now_s)
         for shard_id in sorted(self._missing - missing):
             self.note("shard_back", f"shard {shard_id}", "served again", now_s)
+            self.outages.end(shard_id, now_s)
         self._missing = missing
         self._was_complete = self._was_complete or not self.missing_shards
         self._assign_spares(now_s)

@@ -45,6 +45,8 @@ class Endpoint:
     unix_name: str
     tcp_host: str
     tcp_port: int
+    tls: bool = False
+    """Whether its TCP port speaks TLS (cluster/tls.py)."""
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,7 @@ def _replica_to_json(r: Replica) -> dict[str, Any]:
             "unix_name": e.unix_name,
             "tcp_host": e.tcp_host,
             "tcp_port": e.tcp_port,
+            "tls": e.tls,
         },
         "state": r.state.value,
         "pid": r.pid,
@@ -208,6 +211,12 @@ def _object(data: object, what: str, keys: str) -> dict[str, Any]:
 def _typed(value: object, kind: type[_T], what: str) -> _T:
     if not isinstance(value, kind) or isinstance(value, bool):
         raise InvalidTable(f"{what} must be {kind.__name__}, not {type(value).__name__}")
+    return value
+
+
+def _flag(value: object, what: str) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidTable(f"{what} must be true or false, not {type(value).__name__}")
     return value
 
 
@@ -234,7 +243,7 @@ def _shard_from_json(data: object) -> Shard:
 
 def _replica_from_json(data: object) -> Replica:
     f = _object(data, "replica", "replica_id shard_id endpoint state pid node role")
-    e = _object(f["endpoint"], "endpoint", "host_id unix_name tcp_host tcp_port")
+    e = _object(f["endpoint"], "endpoint", "host_id unix_name tcp_host tcp_port tls")
     return Replica(
         replica_id=_typed(f["replica_id"], str, "replica_id"),
         shard_id=_typed(f["shard_id"], int, "shard_id"),
@@ -243,6 +252,7 @@ def _replica_from_json(data: object) -> Replica:
             unix_name=_typed(e["unix_name"], str, "unix_name"),
             tcp_host=_typed(e["tcp_host"], str, "tcp_host"),
             tcp_port=_typed(e["tcp_port"], int, "tcp_port"),
+            tls=_flag(e["tls"], "tls"),
         ),
         state=_member(f["state"], ReplicaState, "replica state"),
         pid=_typed(f["pid"], int, "pid"),

@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,9 +26,12 @@ from cluster import auth, wire
 from cluster.batching import Batcher, ComputeFn
 from cluster.connect import tune_tcp
 from cluster.errors import Closed, ConnectionLost, DataPlaneError, HandshakeTimeout, IntegrityError
+from cluster.expert_load import encoded
 from cluster.gang import Gang
+from cluster.measures import Measures
 from cluster.routing import Endpoint, host_id
 from cluster.session import Request, Session
+from cluster.tls import ServerTls
 
 __all__ = ["ComputeFn", "ExpertServer"]
 
@@ -42,7 +45,7 @@ class ExpertServer:
     `compute(layer, x_TD, topk_weights_TK f32, local_ids_TK i32, out_TD, complete)` is called in serve_forever's thread,
     in torch's inference mode, and writes the weighted partial sums, in `dtype`, into out_TD; an id of -1 is an expert
     that lives elsewhere and adds nothing; `complete` says that there is none. T is at most max_tokens.
-    stop(), drain(), wait_drained(), stats(), check_integrity(): from any thread.
+    With `tls` the TCP port speaks TLS. stop(), drain(), take_secrets(), stats() and the like: from any thread.
     """
 
     def __init__(
@@ -61,8 +64,10 @@ class ExpertServer:
         max_tokens: int,
         handshake_timeout_s: float = 5.0,
         max_strangers: int = 64,
+        tls: ServerTls | None = None,
     ) -> None:
-        self.secret = auth.check_secret(secret)
+        self.secrets: tuple[bytes, ...] = (auth.check_secret(secret),)
+        self.tls = tls
         self.layers = layers
         self.num_local_experts = num_local_experts
         self._fingerprint = model_fingerprint
@@ -76,6 +81,7 @@ class ExpertServer:
         self._pending: dict[int, list[Request]] = {}  # by layer, in order of the first arrival
         self._bells: list[int] = []  # engines to be told of replies, when this thread has nothing else to do
         self._counters: Counter[str] = Counter()
+        self._measures = Measures(self._shape)
         self._rejected: Counter[str] = Counter()
         self._draining = False
         self._stopping = False
@@ -108,7 +114,7 @@ class ExpertServer:
             sock.listen(128)
             sock.setblocking(False)
             self.watch(sock.fileno(), select.EPOLLIN, functools.partial(self._on_connection, sock))
-        self.endpoint = Endpoint(host_id(), unix_name, tcp_host, tcp.getsockname()[1])
+        self.endpoint = Endpoint(host_id(), unix_name, tcp_host, tcp.getsockname()[1], self.tls is not None)
         return [unix, tcp]
 
     # -- the loop -------------------------------------------------------------------------------------------------
@@ -186,15 +192,18 @@ class ExpertServer:
         status = wire.ERROR if error else wire.OK
         for request in batch:
             self._reply(request, status, compute_ns, now_ns - request.arrived_ns, error)
-        self._count_batch(layer, batch, num_tokens, compute_ns, error)
+        self._count_batch(layer, batch, num_tokens, now_ns, compute_ns, error)
 
-    def _count_batch(self, layer: int, batch: list[Request], num_tokens: int, compute_ns: int, error: str) -> None:
+    def _count_batch(
+        self, layer: int, batch: list[Request], num_tokens: int, begin_ns: int, compute_ns: int, error: str
+    ) -> None:
         """After the replies left: bookkeeping is not on anybody's critical path."""
         counters = self._counters
         counters["kernel_calls"] += 1
         counters["computed_messages"] += len(batch)
         counters["computed_tokens"] += num_tokens
         counters["compute_ns"] += compute_ns
+        self._measures.note(batch, begin_ns, compute_ns)
         if len(batch) > 1:
             counters["batched_messages"] += len(batch)
         if not error:
@@ -281,7 +290,12 @@ class ExpertServer:
             self.end(oldest, HandshakeTimeout("too many unauthenticated connections"))
         self._counters["connections"] += 1
         fd = sock.fileno()
-        session = Session(self, sock, is_unix, time.monotonic())
+        try:
+            session = Session(self, sock, is_unix, time.monotonic())
+        except OSError:  # TLS does not begin on a connection that was reset
+            self._counters["failed_accepts"] += 1
+            sock.close()
+            return
         self._sessions[fd] = self._strangers[fd] = session
         try:
             session.begin()
@@ -316,6 +330,10 @@ class ExpertServer:
         with self._lock:
             self._ring_self()
 
+    def take_secrets(self, secrets: Sequence[bytes]) -> None:
+        """From now on engines prove one of these; connections that are open stay. Raises ConfigError for a bad one."""
+        self.secrets = tuple(map(auth.check_secret, secrets))
+
     def _ring_self(self) -> None:
         if not self._stopped.is_set():
             os.eventfd_write(self._wake, 1)
@@ -336,13 +354,23 @@ class ExpertServer:
             "expert_tokens": np.array(self._batcher.expert_tokens),
         }
 
-    def load(self) -> dict[str, int]:
-        """How busy the worker is: tokens and messages computed since the start, messages waiting now."""
+    def load(self) -> dict[str, Any]:
+        """How busy the worker is: tokens and messages computed since the start, messages waiting now.
+
+        "expert_tokens" says which experts computed them (cluster/expert_load.py).
+        """
         return {
+            "expert_tokens": encoded(self._batcher.expert_tokens),
             "tokens": self._counters["computed_tokens"],
             "messages": self._counters["computed_messages"],
             "waiting": sum(len(waiting) for waiting in list(self._pending.values())),
         }
+
+    def metrics(self) -> dict[str, Any]:
+        """Measures.to_json(). From any thread."""
+        waiting = [request for requests in list(self._pending.values()) for request in list(requests)]
+        counters = {name: self._counters[name] for name in _COUNTERS}
+        return self._measures.to_json(counters, self._rejected, waiting, time.monotonic_ns())
 
     def check_integrity(self) -> None:
         """Raise IntegrityError unless every message was answered, dropped with its session, or is waiting."""

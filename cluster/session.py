@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import select
 import socket
+import ssl
 import time
 from collections import deque
 from collections.abc import Callable
@@ -20,6 +21,7 @@ import torch
 from cluster import auth, wire
 from cluster.errors import BadCallId, BadDescriptors, BadLength, BadSequence, BadType, Closed, ConnectionLost, Truncated
 from cluster.shm import Arena, SlotMemory, arena_bytes, check_doorbell
+from cluster.tls import ServerTls, TlsSocket, tls_error
 
 READ, WRITE = select.EPOLLIN | select.EPOLLRDHUP, select.EPOLLOUT
 _RECV_BYTES_PER_TURN = 1 << 20  # a long frame must not hold up the others' turns
@@ -70,7 +72,8 @@ class Request:
 class Host(Protocol):
     """What a session needs of its server."""
 
-    secret: bytes
+    secrets: tuple[bytes, ...]
+    tls: ServerTls | None
     layers: range
     num_local_experts: int
 
@@ -92,8 +95,10 @@ class Session:
 
     def __init__(self, host: Host, sock: socket.socket, is_unix: bool, now_s: float) -> None:
         sock.setblocking(False)
+        self._tls = None if is_unix else host.tls
+        self._is_shaking_hands = self._tls is not None
         self.host = host
-        self.sock = sock
+        self.sock = sock if self._tls is None else self._tls.wrap(sock)
         self.is_unix = is_unix
         self.opened_s = now_s
         self.engine_id = ""
@@ -102,7 +107,9 @@ class Session:
         self.refused = False  # close as soon as the Refused frame is out
         self.requests: list[Request] = []
         self.arena: Arena | None = None
-        self._handshake: auth.ServerHandshake | None = auth.ServerHandshake(host.secret, auth.EXPERT_CALLS)
+        first, *others = host.secrets
+        binding = b"" if self._tls is None else self._tls.binding
+        self._handshake: auth.ServerHandshake | None = auth.ServerHandshake(first, auth.EXPERT_CALLS, others, binding)
         self._outbox: deque[tuple[memoryview, Request | None]] = deque()
         self._events = READ
         self._inbox = bytearray(auth.PROOF_BYTES)
@@ -110,17 +117,35 @@ class Session:
         self._fds: list[int] = []
         self._receiving: Request | None = None
         self._request_bell = self._reply_bell = -1
-        host.watch(sock.fileno(), READ, self.on_socket)
+        host.watch(self.sock.fileno(), READ, self.on_socket)
 
     def begin(self) -> None:
-        """Send the challenge."""
-        if self._handshake is not None:
+        """Send the challenge; with TLS, once its handshake is done."""
+        if self._handshake is not None and not self._is_shaking_hands:
             self._send(self._handshake.challenge)
+
+    def _shake_hands(self) -> None:
+        """One step of the TLS handshake. Raises TlsFailed or ConnectionLost."""
+        assert isinstance(self.sock, TlsSocket)
+        try:
+            self.sock.do_handshake()
+        except ssl.SSLWantReadError:
+            self._watch(READ)
+        except ssl.SSLWantWriteError:
+            self._watch(READ | WRITE)
+        except OSError as error:
+            raise tls_error(error) from error
+        else:
+            self._is_shaking_hands = False
+            self.begin()
 
     # -- bytes in -------------------------------------------------------------------------------------------------
 
     def on_socket(self, events: int) -> None:
         """The socket is readable, writable or dead. Raises DataPlaneError or OSError when the session must end."""
+        if self._is_shaking_hands:
+            self._shake_hands()
+            return
         if events & WRITE:
             self._flush()
         if events & ~WRITE and not self.refused:
@@ -130,7 +155,7 @@ class Session:
 
     def _receive(self) -> None:
         left = _RECV_BYTES_PER_TURN
-        while left > 0 and not self.refused:
+        while (left > 0 or self._has_decrypted()) and not self.refused:
             try:
                 received = self._receive_some()
             except BlockingIOError:
@@ -142,6 +167,10 @@ class Session:
             self._target = self._target[received:]
             if not self._target:
                 self._advance()
+
+    def _has_decrypted(self) -> bool:
+        """Bytes that have left the socket, so that epoll will not tell of them."""
+        return isinstance(self.sock, TlsSocket) and self.sock.pending() > 0
 
     def _receive_some(self) -> int:
         if self._handshake is None and not self.is_open and self.is_unix:
@@ -308,7 +337,9 @@ class Session:
         if self.refused and not self._outbox:
             self.sock.shutdown(socket.SHUT_WR)
             raise Closed("refused")
-        events = READ | WRITE if self._outbox else READ
+        self._watch(READ | WRITE if self._outbox else READ)
+
+    def _watch(self, events: int) -> None:
         if events != self._events:
             self.host.change(self.sock.fileno(), events)
             self._events = events

@@ -99,6 +99,10 @@ class Link:
         """No slot is idle, and every one waits for an answer that nobody wants any more."""
         return not self.free and all(slot.owner is None for slot in self.busy)
 
+    def unanswered_since_ns(self) -> int | None:
+        """When the oldest call was sent whose answer nobody waits for and that has not come; None: there is none."""
+        return min((slot.sent_ns for slot in self.busy if slot.owner is None), default=None)
+
     def write_header(self, slot: Slot, call_id: int, layer: int, budget_us: int, sent_ns: int) -> None:
         slot.call_id = call_id
         slot.sent_ns = sent_ns

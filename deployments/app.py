@@ -2,6 +2,7 @@
 
 build_app(args) -> Engine x engines  --handles-->  ExpertRouter  <--  ExpertWorker x workers x replicas
                                                                <--  shadows (an ExpertWorker each), WarmSpare x spares
+                     --handle-->  Gatekeeper, where API keys are asked for
 """
 
 import dataclasses
@@ -20,15 +21,19 @@ from cluster.routing import Role
 from deployments.engine import Engine
 from deployments.expert_router import ExpertRouter
 from deployments.expert_worker import ExpertWorker, WarmSpare
+from deployments.gatekeeper import Gatekeeper
 from deployments.models import check_licence, resolve_model
 from model.expert_weights import is_expert_tensor
-from model.int8_experts import loaded_bytes_per_stored
+from model.integer_experts import loaded_bytes_per_stored
 from model.moe_spec import MoeSpec, inspect_checkpoint, read_header_or_raise, weight_files
 
 APP_NAME = "switchyard"
 ROUTER_NAME = "expert-router"
 ENGINE_NAME = "engine"
+GATEKEEPER_NAME = "gatekeeper"
 
+# Ray gives the head node this resource (ray/_private/resource_spec.py): the file of API keys is there.
+_ON_HEAD = {"node:__internal_head__": 0.001}
 # Long polls and heartbeats of every worker and engine are calls in progress at the router.
 _ROUTER_CALLS = 10_000
 # vLLM has its own queue; Serve shall not hold requests back.
@@ -76,8 +81,11 @@ def build_app(args: Mapping[str, Any]) -> Application:
     engine = _deployment(
         Engine, ENGINE_NAME, settings.engines, _gpus(settings.engine.num_gpus), _ENGINE_CALLS, engine_nodes
     )
+    gatekeeper = None
+    if settings.api_keys is not None:
+        gatekeeper = _deployment(Gatekeeper, GATEKEEPER_NAME, 1, 0, _ROUTER_CALLS, resources=_ON_HEAD).bind(values)
     if spec is None:
-        return engine.bind(values, None, [])
+        return engine.bind(values, None, [], gatekeeper)
     router = _deployment(ExpertRouter, ROUTER_NAME, 1, 0, _ROUTER_CALLS).bind(
         values, spec.fingerprint, spec.num_layers, spec.num_experts
     )
@@ -92,7 +100,7 @@ def build_app(args: Mapping[str, Any]) -> Application:
         workers.append(
             _deployment(WarmSpare, "spares", settings.spares, worker_gpus, _ROUTER_CALLS).bind(values, router)
         )
-    return engine.bind(values, router, workers)
+    return engine.bind(values, router, workers, gatekeeper)
 
 
 def _worker_deployments(settings: Settings, shard: int, num_shards: int) -> Iterator[tuple[Any, Role]]:
@@ -102,8 +110,8 @@ def _worker_deployments(settings: Settings, shard: int, num_shards: int) -> Iter
     shadow_nodes: tuple[str, ...] = ()
     if settings.layout is not None:
         planned = settings.layout.shards[shard]
-        gpus, nodes, has_shadow = float(planned.device == "gpu"), planned.nodes, planned.shadow is not None
-        shadow_nodes = (planned.shadow,) if planned.shadow is not None else ()
+        gpus, nodes = float(planned.device == "gpu"), planned.nodes
+        has_shadow, shadow_nodes = planned.shadow is not None, tuple(filter(None, [planned.shadow]))
     replicas = replicas_of(settings, num_shards)[shard]
     yield _deployment(ExpertWorker, experts_name(shard), replicas, gpus, _ROUTER_CALLS, nodes), Role.PRIMARY
     if has_shadow:
@@ -116,24 +124,30 @@ def experts_name(shard_id: int) -> str:
 
 
 def _sizes(model: str) -> tuple[int, int]:
-    """Bytes of all tensors of the checkpoint, and of its routed experts; int8 ones count as what they are loaded as."""
+    """Bytes of all tensors of the checkpoint, and of its routed experts; integers count as what they are loaded as."""
     total = experts = 0
     for path in weight_files(Path(model)):
         factor = loaded_bytes_per_stored(path)
         for name, entry in read_header_or_raise(path).items():
             low, high = cast(tuple[int, int], entry["data_offsets"])
-            num_bytes = (high - low) * (factor if entry["dtype"] == "I8" else 1)
+            num_bytes = (high - low) * (factor if entry["dtype"] == "I32" else 1)
             total += num_bytes
             experts += num_bytes * is_expert_tensor(name)
     return total, experts
 
 
 def _deployment(
-    cls: type, name: str, num_replicas: int, num_gpus: float, max_calls: int, nodes: tuple[str, ...] = ()
+    cls: type,
+    name: str,
+    num_replicas: int,
+    num_gpus: float,
+    max_calls: int,
+    nodes: tuple[str, ...] = (),
+    resources: Mapping[str, float] | None = None,
 ) -> Any:
     """`nodes`: the only ones that it may run on, with an equal number of replicas on each; () leaves it to Ray."""
     # No logical CPUs are reserved: kernels are bound to cores by deployments/cores.py, and two cores are enough.
-    actor_options: dict[str, Any] = {"num_cpus": 0, "num_gpus": num_gpus}
+    actor_options: dict[str, Any] = {"num_cpus": 0, "num_gpus": num_gpus, "resources": dict(resources or {})}
     if nodes:
         actor_options["label_selector"] = node_selector(nodes)
     return serve.deployment(

@@ -14,6 +14,13 @@ from cluster.errors import ConfigError, SwitchyardError
 
 Say = Callable[[str], None]
 
+# The stages of cluster/rotation.py.
+_ROTATION = {
+    "spreading": "telling the workers to accept the next secret as well",
+    "switching": "telling the engines to prove the next secret",
+    "settled": "telling the workers to forget the former secret",
+}
+
 _CALL_TIMEOUT_S = 15.0
 _POLL_S = 0.2
 # A worker loads a shard: minutes from a slow disk. Leaving takes a drain and a health check of Serve's.
@@ -40,6 +47,27 @@ class Control:
         status = dict(self._router("status"))
         del status["table"]
         return status
+
+    def expert_load(self) -> list[list[int]]:
+        """Tokens that each expert has computed: [layer][expert], growing until the router restarts."""
+        return list(self._router("expert_load"))
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """The machines: {"id", "name", "address", "alive", "cpus", "gpus", "memory_bytes"}."""
+        import ray
+
+        return [
+            {
+                "id": node["NodeID"],
+                "name": node["NodeManagerHostname"],
+                "address": node["NodeManagerAddress"],
+                "alive": node["Alive"],
+                "cpus": node["Resources"].get("CPU", 0.0),
+                "gpus": node["Resources"].get("GPU", 0.0),
+                "memory_bytes": node["Resources"].get("memory", 0.0),
+            }
+            for node in ray.nodes()
+        ]
 
     def drain(self, worker: str, *, replace: bool = False, say: Say = _silent) -> None:
         """Take a worker out: it finishes what it took, takes nothing new and leaves.
@@ -92,6 +120,21 @@ class Control:
         for number, worker in enumerate(chosen, 1):
             say(f"{number} of {len(chosen)}: {worker}")
             self.drain(worker, replace=True, say=say)
+
+    def rotate_secret(self, *, say: Say = _silent) -> None:
+        """Change the data plane's secret while requests go on; returns when the former one is worthless everywhere."""
+        self._router("rotate_secret")
+        said = ""
+
+        def is_done() -> bool:
+            nonlocal said
+            secret = self._router("status")["secret"]
+            if secret["stage"] != said:
+                said = secret["stage"]
+                say(_ROTATION[said])
+            return said == "settled" and bool(secret["everywhere"])
+
+        self._wait(is_done, _LEAVE_LIMIT_S, "the secret has not been changed everywhere")
 
     def check_integrity(self) -> list[dict[str, Any]]:
         """{"subject", "ok", "text"} of every worker and engine. Raises ActionFailed when an engine does not answer."""

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,20 @@ from starlette.types import ASGIApp
 
 from cluster.blame import Cause
 from cluster.config import Settings, parse_settings
+from cluster.rotation import SECRET_BYTES, Secrets
 from cluster.routing import RoutingTable
 from deployments import shared_memory, vllm_app
 from deployments.attribution import Attributed
 from deployments.cores import allowed_cores, engine_cores
+from deployments.energy import meter_of
+from deployments.engine_load import engine_load
+from deployments.engine_metrics import EngineMetrics
 from deployments.environment import apply_defaults, engine_environment, feed_environment
 from deployments.http_guard import OpenAIErrors
+from deployments.key_guard import Authorised, Gate
 from deployments.models import attribution_of
+from deployments.privacy import Private, forbid_core_dumps
+from deployments.prometheus import ClusterMetrics
 from deployments.shortage import EndInShortage, Shortage
 
 logger = logging.getLogger("ray.serve")
@@ -44,24 +51,35 @@ class TableLink:
     """Carries routing tables from the router actor to this engine's processes, for as long as the engine lives."""
 
     def __init__(
-        self, settings: Settings, router: DeploymentHandle, secret: bytes, engine_id: str, shortage: Shortage
+        self, settings: Settings, router: DeploymentHandle, secrets: Secrets, engine_id: str, shortage: Shortage
     ) -> None:
         from cluster.feed import TableFeed
 
         self._router = router
         self._folder = Path(tempfile.mkdtemp(prefix="switchyard-"))  # mode 0700
-        secret_file = self._folder / "secret"
-        secret_file.touch(mode=0o600)
-        secret_file.write_bytes(secret)
+        self._secrets = secrets
+        self._write("secret", secrets.proven)
+        feed_secret = os.urandom(SECRET_BYTES)  # for this engine's own processes, and so never changed
+        self._write("feed-secret", feed_secret)
         self._engine_id = engine_id
         self._shortage = shortage
         self._loop = asyncio.get_running_loop()
         self.state = "starting"
         self.find_fault: Callable[[], Awaitable[str]] | None = None  # what check_integrity() finds in the engine
         self._checked = 0
-        self._feed = TableFeed(secret, on_stalled=shortage.set, on_accused=self._on_accused)
-        os.environ.update(feed_environment(settings, self._feed.address, secret_file, engine_id))
-        self.tasks = [asyncio.create_task(each) for each in (self._follow(), self._send_heartbeats())]
+        self._feed = TableFeed(feed_secret, on_stalled=shortage.set, on_accused=self._on_accused)
+        os.environ.update(feed_environment(settings, self._feed.address, self._folder, engine_id))
+        self.tasks = [asyncio.create_task(each) for each in self._duties()]
+
+    def _duties(self) -> tuple[Coroutine[Any, Any, None], ...]:
+        return self._follow(), self._follow_secrets(), self._send_heartbeats()
+
+    def _write(self, name: str, secret: bytes) -> None:
+        """In one step: the engine's processes read the file whenever they connect."""
+        fresh = self._folder / f"{name}.new"
+        fresh.touch(mode=0o600)
+        fresh.write_bytes(secret)
+        fresh.replace(self._folder / name)
 
     def _on_accused(self, replica_id: str, cause: Cause) -> None:
         """In the feed's thread."""
@@ -77,11 +95,24 @@ class TableLink:
             state = "stalled" if self._shortage.is_on else self.state
             # Ray raises many kinds while the router restarts; the next beat tells it.
             with contextlib.suppress(Exception):
-                number = await self._router.engine_heartbeat.remote(self._engine_id, pid, node, state)
+                number = await self._router.engine_heartbeat.remote(self._engine_id, pid, node, state, engine_load())
                 if number != self._checked and self.find_fault is not None:
                     await self._router.engine_checked.remote(self._engine_id, number, await self.find_fault())
                     self._checked = number
             await asyncio.sleep(_HEARTBEAT_EVERY_S)
+
+    async def _follow_secrets(self) -> None:
+        while True:
+            try:
+                news = await self._router.next_secrets.remote(self._engine_id, self._secrets.serial)
+            # Ray raises many kinds while the router restarts.
+            except Exception as error:
+                logger.warning("no news of the secret: %s", error)
+                await asyncio.sleep(_RETRY_ROUTER_S)
+                continue
+            if news is not None:
+                self._write("secret", news.proven)
+                self._secrets = news
 
     async def _follow(self) -> None:
         known_epoch = 0
@@ -96,6 +127,14 @@ class TableLink:
             if table is not None:
                 known_epoch = table["epoch"]
                 self._feed.publish(RoutingTable.from_json(table))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The newest Dispatcher.metrics() of every process of this engine that makes layer calls."""
+        return self._feed.metrics()
+
+    def answer_scrapes(self, metrics: EngineMetrics) -> None:
+        """From now on, for as long as the engine lives."""
+        self.tasks.append(asyncio.create_task(metrics.follow(self._router)))
 
     @property
     def is_broken(self) -> bool:
@@ -113,9 +152,15 @@ class EngineReplica:
     """The ingress deployment. Serve mounts what __serve_build_asgi_app__ returns."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, args: dict[str, Any], router: DeploymentHandle | None, workers: list[DeploymentHandle]
+        self,
+        args: dict[str, Any],
+        router: DeploymentHandle | None,
+        workers: list[DeploymentHandle],
+        gatekeeper: DeploymentHandle | None,
     ) -> None:
         settings = parse_settings(args)
+        if not settings.engine.log_prompts:
+            forbid_core_dumps()
         self._engine: Any = None
         self._shared_memory: frozenset[str] = frozenset()
         self._link: TableLink | None = None
@@ -123,15 +168,17 @@ class EngineReplica:
         self._attribution = attribution_of(settings.model)
         self._shortage = Shortage(asyncio.get_running_loop())
         self._id = f"engine-{uuid.uuid4().hex[:8]}"
+        self._gate = Gate(gatekeeper, self._id, settings.engines) if gatekeeper is not None else None
         apply_defaults(engine_environment(settings, engine_cores(settings, allowed_cores())))
         if router is not None:
-            self._link = TableLink(settings, router, await router.secret.remote(), self._id, self._shortage)
+            self._link = TableLink(settings, router, await router.secrets.remote(), self._id, self._shortage)
         self._report("starting vLLM: loading weights, compiling")
         self._namespace = await asyncio.to_thread(_parse, settings, router is not None)
         self._engine = await asyncio.to_thread(vllm_app.start_engine, self._namespace)
         self._report("warming up")
         await vllm_app.warm_up(self._engine)
         self._shared_memory = shared_memory.mapped_by_descendants()
+        self._metrics = self._start_metrics(settings) if settings.metrics else None
         self._ending = asyncio.create_task(self._end_when_dead())
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -140,8 +187,24 @@ class EngineReplica:
         if self._link is not None:
             self._link.state = "ready"
             self._link.find_fault = self._find_fault
-        app = OpenAIErrors(app, lambda: bool(self._engine.errored))
-        return Attributed(EndInShortage(app, self._shortage), self._attribution)
+        app = EndInShortage(OpenAIErrors(app, lambda: bool(self._engine.errored)), self._shortage)
+        app = ClusterMetrics(app, self._snapshot)
+        if self._gate is not None:
+            app = Authorised(app, self._gate)
+        return Attributed(Private(app), self._attribution)
+
+    def _start_metrics(self, settings: Settings) -> EngineMetrics:
+        processes = [psutil.Process(), *vllm_app.engine_processes()]
+        ranks = self._link.metrics if self._link is not None else list
+        energy = meter_of(processes, settings.engine.num_gpus)
+        metrics = EngineMetrics(self._id, settings.name, ranks, vllm_app.metrics_registry(), energy)
+        if self._link is not None:
+            self._link.answer_scrapes(metrics)
+        return metrics
+
+    async def _snapshot(self) -> dict[str, Any] | None:
+        """For /metrics; None when metrics are off."""
+        return await self._metrics.cluster(self._router) if self._metrics is not None else None
 
     async def _find_fault(self) -> str:
         return "; ".join(filter(None, await self._engine.collective_rpc("layer_call_fault")))
@@ -170,6 +233,8 @@ class EngineReplica:
         await self._engine.check_health()
         if self._link is not None and self._link.is_broken:
             raise RuntimeError(f"{self._id}: the routing table is no longer followed")
+        if self._gate is not None and self._gate.is_broken:
+            raise RuntimeError(f"{self._id}: the API keys are no longer followed")
 
     async def __del__(self) -> None:
         """Serve calls this once at the end of a graceful stop."""
@@ -177,6 +242,8 @@ class EngineReplica:
             with contextlib.suppress(Exception):
                 await asyncio.to_thread(self._engine.shutdown)
             shared_memory.remove(self._shared_memory)
+        if self._gate is not None:
+            self._gate.close()
         if self._link is not None:
             self._link.close("stopped")
 

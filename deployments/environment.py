@@ -41,12 +41,14 @@ def engine_environment(settings: Settings, cores: Sequence[int]) -> dict[str, st
     }
 
 
-def feed_environment(settings: Settings, feed_address: str, secret_file: Path, engine_id: str) -> dict[str, str]:
-    """What turns remote experts on in vLLM's processes; read by model/remote_experts.py."""
+def feed_environment(settings: Settings, feed_address: str, folder: Path, engine_id: str) -> dict[str, str]:
+    """What turns remote experts on in vLLM's processes; read by model/remote_experts.py. `folder` has the secrets."""
     return {
         "SWITCHYARD_FEED": feed_address,
-        "SWITCHYARD_SECRET_FILE": str(secret_file),
+        "SWITCHYARD_SECRET_FILE": str(folder / "secret"),
+        "SWITCHYARD_FEED_SECRET_FILE": str(folder / "feed-secret"),
         "SWITCHYARD_ENGINE_ID": engine_id,
+        "SWITCHYARD_METRICS": str(int(settings.metrics)),
         "SWITCHYARD_EXPERT_TIMEOUT_S": str(settings.expert_timeout_s),
         # The engine waits for its workers at its first layer call; those of a large checkpoint take long to load it.
         "SWITCHYARD_START_TIMEOUT_S": str(settings.start_timeout_s),

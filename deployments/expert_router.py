@@ -8,6 +8,7 @@ router starts with a larger epoch, and everybody registers again.
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import time
 from typing import Any
@@ -17,16 +18,26 @@ from ray.experimental import internal_kv
 
 from cluster.blame import Cause
 from cluster.config import parse_settings, to_args
+from cluster.expert_load import ExpertLoad
 from cluster.inventory import NODE_LABEL
 from cluster.layout import most_replicas, replicas_of, shards_of
+from cluster.readings import readings
 from cluster.registry import Registry, SpareState
-from cluster.routing import Replica, RoutingTable
+from cluster.rotation import SECRET_BYTES, Rotation, Secrets
+from cluster.routing import Replica, ReplicaState, RoutingTable
+from cluster.telemetry import Telemetry
+from deployments.engine_metrics import version
+from deployments.ray_metrics import RayMetrics
 
-_SECRET_KEY = b"switchyard:data-plane-secret"
+logger = logging.getLogger("ray.serve")
+
+_SECRETS_KEY = b"switchyard:data-plane-secrets"
 _WANTED_KEY = b"switchyard:wanted-replicas"
 _TICK_S = 0.25
 _LONG_POLL_S = 20.0
 _SPARE_POLL_S = 1.0
+_SCRAPE_LIMIT_S = 2.0
+_TELL_RAY_EVERY_S = 10.0
 
 
 class ExpertRouter:
@@ -46,14 +57,43 @@ class ExpertRouter:
         self._registry = Registry(
             table, settings.worker_lost_after_s, wanted, time.monotonic(), time.time(), most_replicas(settings)
         )
+        self._experts = ExpertLoad(table)
+        self._telemetry = Telemetry(self._experts)
         self._changed = asyncio.Condition()
-        self._secret = _shared_secret()
+        self._rotation = Rotation(_shared_secrets())
+        # Until then a restarted router does not know all who live, and must not take them for ready.
+        self._may_rotate_s = time.monotonic() + 2 * settings.worker_lost_after_s
         self._progress: dict[str, str] = {}
         self._ticking = asyncio.create_task(self._tick())
+        if settings.metrics:
+            self._to_ray = asyncio.create_task(self._tell_ray())
 
-    async def secret(self) -> bytes:
-        """The 32 random bytes that prove membership on the data plane."""
-        return self._secret
+    # -- the data plane's secret ----------------------------------------------------------------------------------
+
+    async def secrets(self) -> Secrets:
+        """What proves membership on the data plane now."""
+        return self._rotation.now
+
+    async def next_secrets(self, member_id: str, held_serial: int) -> Secrets | None:
+        """A worker or engine that holds that step gets the next one as soon as there is one; None after 20 s."""
+        self._rotation.holds(member_id, held_serial)
+        async with self._changed:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(
+                    self._changed.wait_for(lambda: self._rotation.now.serial != held_serial), _LONG_POLL_S
+                )
+        return self._rotation.now if self._rotation.now.serial != held_serial else None
+
+    async def rotate_secret(self) -> None:
+        """Change the secret; status() says how far that is. Raises ConfigError while it is being changed."""
+        self._rotation.begin(os.urandom(SECRET_BYTES))
+        await self._secrets_changed()
+
+    async def _secrets_changed(self) -> None:
+        now = self._rotation.now
+        internal_kv._internal_kv_put(_SECRETS_KEY, now.to_json().encode(), overwrite=True)
+        self._registry.note("secret", "data plane", f"{now.stage} (step {now.serial})", time.monotonic())
+        await self._notify()
 
     # -- workers --------------------------------------------------------------------------------------------------
 
@@ -62,9 +102,21 @@ class ExpertRouter:
         self._registry.register(replica, model_fingerprint, memory_bytes, time.monotonic(), device)
         await self._notify()
 
-    async def heartbeat(self, replica_id: str, load: dict[str, Any] | None = None) -> str:
-        """The value of a registry.Answer: ok, register (again), or leave."""
-        return self._registry.heartbeat(replica_id, load or {}, time.monotonic()).value
+    async def heartbeat(
+        self, replica_id: str, load: dict[str, Any] | None = None, metrics: dict[str, Any] | None = None
+    ) -> str:
+        """The value of a registry.Answer: ok, register (again), or leave.
+
+        `load` and `metrics` are what the worker process answers to these commands (model/worker_main.py).
+        """
+        load = dict(load or {})
+        expert_tokens = load.pop("expert_tokens", None)
+        replica = self._registry.replica(replica_id)
+        if replica is not None and expert_tokens is not None:
+            self._experts.report(replica, expert_tokens)
+        if replica is not None and metrics is not None:
+            self._telemetry.worker_reports(replica_id, metrics)
+        return self._registry.heartbeat(replica_id, load, time.monotonic()).value
 
     async def drain(self, replica_id: str) -> None:
         """The worker is about to leave, or somebody wants it to take nothing new."""
@@ -122,9 +174,11 @@ class ExpertRouter:
     def _news(self, known_epoch: int) -> RoutingTable | None:
         return self._registry.news_for(known_epoch, time.monotonic())
 
-    async def engine_heartbeat(self, engine_id: str, pid: int, node: str, state: str) -> int:
+    async def engine_heartbeat(
+        self, engine_id: str, pid: int, node: str, state: str, load: dict[str, Any] | None = None
+    ) -> int:
         """An engine lives; `state` is starting, ready or stalled. Returns the newest integrity check's number."""
-        return self._registry.engine_heartbeat(engine_id, pid, node, state, time.monotonic())
+        return self._registry.engine_heartbeat(engine_id, pid, node, state, time.monotonic(), load)
 
     async def engine_checked(self, engine_id: str, number: int, fault: str) -> None:
         """An engine has done that integrity check; `fault` is empty when all is well."""
@@ -137,6 +191,42 @@ class ExpertRouter:
     async def accused(self, engine_id: str, replica_id: str, cause: str) -> None:
         """An engine suspects a worker; `cause` is the value of a blame.Cause."""
         self._registry.accused(engine_id, replica_id, Cause(cause), time.monotonic())
+        await self._notify()
+
+    # -- metrics --------------------------------------------------------------------------------------------------
+
+    async def scrape(self) -> dict[str, Any]:
+        """A snapshot of the whole cluster, as cluster/readings.py describes it. Waits a moment for every engine."""
+        telemetry = self._telemetry
+        number = telemetry.begin_scrape(time.monotonic())
+        async with self._changed:
+            self._changed.notify_all()
+            is_complete = self._changed.wait_for(lambda: not telemetry.silent(number, self._registry.started_engines))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(is_complete, _SCRAPE_LIMIT_S)
+        status = self._registry.status(time.monotonic())
+        del status["events"]
+        return {
+            "version": version(),
+            "model": self._model,
+            "status": status,
+            "events": dict(self._registry.events.counts),
+            "outages": self._registry.outages.totals(time.monotonic()),
+            "silent_engines": len(telemetry.silent(number, self._registry.started_engines)),
+            **telemetry.to_json(),
+        }
+
+    async def wait_for_scrape(self, known: int) -> int:
+        """The newest scrape's number as soon as it is not `known` (a new router begins at 0 again), or after 20 s."""
+        async with self._changed:
+            is_news = self._changed.wait_for(lambda: self._telemetry.number != known)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(is_news, _LONG_POLL_S)
+        return self._telemetry.number
+
+    async def engine_metrics(self, engine_id: str, number: int, snapshot: dict[str, Any]) -> None:
+        """An engine answers that scrape: EngineMetrics.own()."""
+        self._telemetry.engine_reports(engine_id, number, snapshot)
         await self._notify()
 
     # -- people ---------------------------------------------------------------------------------------------------
@@ -159,6 +249,11 @@ class ExpertRouter:
         """What check `number` has found, worker by worker and engine by engine; None while some are not done."""
         return self._registry.integrity(number)
 
+    async def expert_load(self) -> list[list[int]]:
+        """Tokens that each expert has computed since this router started: [layer][expert]."""
+        tokens: list[list[int]] = self._experts.total_LE.tolist()
+        return tokens
+
     async def note(self, kind: str, subject: str, text: str) -> None:
         """Add an event."""
         self._registry.note(kind, subject, text, time.monotonic())
@@ -175,6 +270,11 @@ class ExpertRouter:
             "router": {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()},
             **status,
             "layout": self._layout,
+            "secret": {
+                "serial": self._rotation.now.serial,
+                "stage": self._rotation.now.stage,
+                "everywhere": self._rotation.is_everywhere(*self._members()),
+            },
             "progress": dict(self._progress),
             "table": self._registry.table.to_json(),
         }
@@ -187,7 +287,27 @@ class ExpertRouter:
         while True:
             await asyncio.sleep(_TICK_S)
             self._registry.tick(time.monotonic())
+            replicas = {replica.replica_id for replica in self._registry.table.replicas}
+            self._experts.keep(replicas)
+            self._telemetry.keep(replicas, self._registry.engine_ids)
+            if time.monotonic() > self._may_rotate_s and self._rotation.advance(*self._members()):
+                await self._secrets_changed()
             await self._notify()
+
+    def _members(self) -> tuple[list[str], tuple[str, ...]]:
+        """Workers and engines that live."""
+        workers = [r.replica_id for r in self._registry.table.replicas if r.state is not ReplicaState.GONE]
+        return workers, self._registry.engine_ids
+
+    async def _tell_ray(self) -> None:
+        told = RayMetrics()
+        while True:
+            await asyncio.sleep(_TELL_RAY_EVERY_S)
+            # The router's duties do not depend on Ray's metrics agent, whatever it raises.
+            try:
+                told.publish(readings(await self.scrape()))
+            except Exception as error:
+                logger.warning("metrics not handed to Ray: %r", error)
 
     async def _notify(self) -> None:
         async with self._changed:
@@ -199,12 +319,10 @@ def _node_names() -> dict[str, str]:
     return {node["NodeID"]: node["Labels"].get(NODE_LABEL, "") for node in ray.nodes()}
 
 
-def _shared_secret() -> bytes:
-    """Drawn once per Ray cluster and kept in its key-value store, so that it outlives the router."""
-    internal_kv._internal_kv_put(_SECRET_KEY, os.urandom(32), overwrite=False)
-    secret = internal_kv._internal_kv_get(_SECRET_KEY)
-    assert isinstance(secret, bytes) and len(secret) == 32
-    return secret
+def _shared_secrets() -> Secrets:
+    """Drawn once per Ray cluster and kept in its key-value store, so that they outlive the router."""
+    internal_kv._internal_kv_put(_SECRETS_KEY, Secrets.drawn().to_json().encode(), overwrite=False)
+    return Secrets.from_json(internal_kv._internal_kv_get(_SECRETS_KEY).decode())
 
 
 def _wanted_before(fingerprint: str) -> dict[int, int]:

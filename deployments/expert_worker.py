@@ -8,15 +8,19 @@ import asyncio
 import logging
 import os
 import uuid
+from dataclasses import replace
 from typing import Any
 
+import psutil
 import ray
 from ray.serve.handle import DeploymentHandle
 
 from cluster.config import Settings, parse_settings
+from cluster.energy import EnergyMeter
 from cluster.layout import shards_of
 from cluster.routing import Endpoint, Replica, ReplicaState, Role, Shard
 from deployments.cores import allowed_cores, worker_cores
+from deployments.energy import meter_of
 from deployments.tenure import Tenure
 from deployments.worker_process import WorkerProcess, kernel_environment
 
@@ -32,7 +36,7 @@ class ExpertWorker:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, args: dict[str, Any], shard_id: int, role: Role, router: DeploymentHandle
     ) -> None:
-        settings = parse_settings(args)
+        settings = _on_this_machine(parse_settings(args))
         self._router = router
         self._tenure: Tenure | None = None
         kind = "experts" if role is Role.PRIMARY else "shadow"
@@ -40,13 +44,15 @@ class ExpertWorker:
         self._report("starting")
         cores = worker_cores(settings, shard_id, allowed_cores())
         self._process = WorkerProcess(self._report)
-        secret = await router.secret.remote()
+        secrets = await router.secrets.remote()
         try:
             await self._process.start(kernel_environment(cores) | _device_environment(settings, shard_id, role))
-            shard = shard_of(settings, shard_id)
-            ready = await self._process.load(settings, shard, len(cores), secret, _tcp_host(settings))
+            ready = await self._process.load(settings, shard_of(settings, shard_id), len(cores), secrets)
             replica = _replica(self._replica_id, shard_id, role, self._process.pid, ready)
-            self._tenure = Tenure(router, self._process, replica, ready, settings.worker_lost_after_s, _end)
+            energy = _energy_meter(settings, self._process.pid)
+            self._tenure = Tenure(
+                router, self._process, replica, ready, secrets, settings.worker_lost_after_s, _end, energy
+            )
             await self._tenure.begin()
         except BaseException:
             await self._process.stop()
@@ -75,7 +81,7 @@ class WarmSpare:
     """The Serve deployment of the spares: processes with everything imported that adopt a shard without a worker."""
 
     async def __init__(self, args: dict[str, Any], router: DeploymentHandle) -> None:  # type: ignore[misc]
-        self._settings = parse_settings(args)
+        self._settings = _on_this_machine(parse_settings(args))
         self._router = router
         self._replica_id = f"spare-{uuid.uuid4().hex[:8]}"
         self._tenure: Tenure | None = None
@@ -131,11 +137,13 @@ class WarmSpare:
     async def _adopt(self, shard_id: int) -> None:
         settings = self._settings
         num_threads = len(worker_cores(settings, shard_id, allowed_cores()))
-        secret = await self._router.secret.remote()
-        shard = shard_of(settings, shard_id)
-        ready = await self._process.load(settings, shard, num_threads, secret, _tcp_host(settings))
+        secrets = await self._router.secrets.remote()
+        ready = await self._process.load(settings, shard_of(settings, shard_id), num_threads, secrets)
         replica = _replica(self._replica_id, shard_id, Role.SPARE, self._process.pid, ready)
-        self._tenure = Tenure(self._router, self._process, replica, ready, settings.worker_lost_after_s, _end)
+        energy = _energy_meter(settings, self._process.pid)
+        self._tenure = Tenure(
+            self._router, self._process, replica, ready, secrets, settings.worker_lost_after_s, _end, energy
+        )
         await self._tenure.begin()
 
     async def _become_spare_again(self, tenure: Tenure) -> None:
@@ -157,12 +165,6 @@ def _device_environment(settings: Settings, shard_id: int, role: Role) -> dict[s
     return {"CUDA_VISIBLE_DEVICES": ""} if in_host_memory else {}
 
 
-def _tcp_host(settings: Settings) -> str:
-    """worker.host, where `node` stands for the address by which the other nodes know this one."""
-    host = settings.worker.host
-    return str(ray.util.get_node_ip_address()) if host == "node" else host
-
-
 def _has_failed(task: "asyncio.Task[None] | None") -> bool:
     return task is not None and task.done() and not task.cancelled() and task.exception() is not None
 
@@ -173,9 +175,20 @@ def _end(why: str) -> None:
     os._exit(1)
 
 
+def _on_this_machine(settings: Settings) -> Settings:
+    if settings.worker.host != "auto":
+        return settings
+    return replace(settings, worker=replace(settings.worker, host=ray.util.get_node_ip_address()))
+
+
 def _node() -> str:
     node: str = ray.get_runtime_context().get_node_id()
     return node
+
+
+def _energy_meter(settings: Settings, pid: int) -> EnergyMeter | None:
+    """None when metrics are off."""
+    return meter_of([psutil.Process(), psutil.Process(pid)], settings.worker.num_gpus) if settings.metrics else None
 
 
 def _replica(replica_id: str, shard_id: int, role: Role, pid: int, ready: dict[str, Any]) -> Replica:

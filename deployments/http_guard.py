@@ -13,7 +13,7 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from http import HTTPStatus
 from typing import Any
 
@@ -221,10 +221,13 @@ def error_body(status: HTTPStatus, text: str) -> dict[str, Any]:
     return {"error": {"message": text, "type": kind, "param": None, "code": status.value}}
 
 
-async def send_error(send: Send, status: HTTPStatus, text: str) -> None:
+async def send_error(
+    send: Send, status: HTTPStatus, text: str, more_headers: Iterable[tuple[bytes, bytes]] = ()
+) -> None:
     """A complete response in the shape of OpenAI's errors."""
     body = json.dumps(error_body(status, text)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers += more_headers
     if status == HTTPStatus.SERVICE_UNAVAILABLE:
         headers.append((b"retry-after", str(_RETRY_AFTER_S).encode()))
     await send({"type": "http.response.start", "status": status.value, "headers": headers})

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from cluster.config import Settings
 from cluster.errors import ConfigError, LicenceNotAccepted
@@ -20,6 +21,7 @@ __all__ = [
     "find_model",
     "has_tokenizer",
     "known_models",
+    "licence_summary",
     "longest_context",
     "plan_facts",
     "report",
@@ -99,6 +101,18 @@ def check_licence(settings: Settings) -> None:
 def attribution_of(model: str) -> str | None:
     """What must be shown with the outputs of the checkpoint in folder `model`; None where nothing must."""
     return licence_of(Path(model)).terms.attribution
+
+
+def licence_summary(model: str) -> dict[str, Any]:
+    """{"name", "basis", "conditions", "attribution"} of the checkpoint in folder `model`, in plain JSON types."""
+    licence = licence_of(Path(model))
+    terms = licence.terms
+    return {
+        "name": terms.name,
+        "basis": licence.basis,
+        "conditions": list(terms.conditions),
+        "attribution": terms.attribution,
+    }
 
 
 def has_tokenizer(model: str) -> bool:

@@ -4,23 +4,29 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
+from cluster.energy import EnergyMeter
 from cluster.errors import SwitchyardError
+from cluster.rotation import Secrets
 from cluster.routing import Replica
-from deployments.worker_process import WorkerProcess
+from deployments.worker_process import WorkerProcess, in_hex
 
 logger = logging.getLogger("ray.serve")
 
 _HEARTBEAT_EVERY_S = 1.0
 _DRAIN_LIMIT_S = 5.0
+_RETRY_S = 1.0
 
 
 class Tenure:
-    """From begin() to end(); or until the process ends, hangs or is told to leave: then `on_end(why)` is called."""
+    """From begin() to end(); or until the process ends, hangs or is told to leave: then `on_end(why)` is called.
+
+    With `energy`, heartbeats carry the worker's metrics, that meter's readings among them.
+    """
 
     def __init__(
         self,
@@ -28,22 +34,29 @@ class Tenure:
         process: WorkerProcess,
         replica: Replica,
         ready: dict[str, Any],
+        secrets: Secrets,
         hung_after_s: float,
         on_end: Callable[[str], None],
+        energy: EnergyMeter | None,
     ) -> None:
         self._router = router
         self._process = process
         self._replica = replica
         self._ready = ready
+        self._secrets = secrets
         self._hung_after_s = hung_after_s
         self._on_end = on_end
+        self._energy = energy
         self._tasks: list[asyncio.Task[None]] = []
         self._last = (time.monotonic(), 0)
 
     async def begin(self) -> None:
         """Enter the routing table. Raises ConfigError when the router wants another model."""
         await self._register()
-        self._tasks = [asyncio.create_task(each) for each in (self._send_heartbeats(), self._watch_process())]
+        self._tasks = [asyncio.create_task(each) for each in self._duties()]
+
+    def _duties(self) -> tuple[Coroutine[Any, Any, None], ...]:
+        return self._send_heartbeats(), self._watch_process(), self._follow_secrets()
 
     @property
     def is_broken(self) -> bool:
@@ -76,25 +89,42 @@ class Tenure:
         await self._leave(f"its process ended with status {status}")
         self._on_end(f"the worker process {self._replica.pid} ended with status {status}")
 
+    async def _follow_secrets(self) -> None:
+        while True:
+            try:
+                news = await self._router.next_secrets.remote(self._replica.replica_id, self._secrets.serial)
+            # Ray raises many kinds while the router restarts.
+            except Exception as error:
+                logger.warning("no news of the secret: %s", error)
+                await asyncio.sleep(_RETRY_S)
+                continue
+            if news is not None:
+                try:
+                    await self._process.request("secrets", accepted=in_hex(news))
+                except SwitchyardError:
+                    return  # the process has ended, and _watch_process tells
+                self._secrets = news
+
     async def _send_heartbeats(self) -> None:
         while True:
             await asyncio.sleep(_HEARTBEAT_EVERY_S)
             try:
                 load = await asyncio.wait_for(self._load(), self._hung_after_s)
+                metrics = await asyncio.wait_for(self._metrics(), self._hung_after_s)
             except SwitchyardError:
                 return  # the process has ended, and _watch_process tells
             except TimeoutError:
                 logger.error("worker process %d is silent for %g s: killing it", self._replica.pid, self._hung_after_s)
                 self._process.kill()
                 return
-            if await self._beat(load) == "leave":
+            if await self._beat(load, metrics) == "leave":
                 await self.end()
                 self._on_end("told to leave")
                 return
 
-    async def _beat(self, load: dict[str, Any]) -> str:
+    async def _beat(self, load: dict[str, Any], metrics: dict[str, Any] | None) -> str:
         try:
-            answer: str = await self._router.heartbeat.remote(self._replica.replica_id, load)
+            answer: str = await self._router.heartbeat.remote(self._replica.replica_id, load, metrics)
             if answer == "register":
                 await self._register()
         except SwitchyardError:
@@ -104,6 +134,11 @@ class Tenure:
             logger.warning("heartbeat not delivered: %s", error)
             return "ok"
         return answer
+
+    async def _metrics(self) -> dict[str, Any] | None:
+        if self._energy is None:
+            return None
+        return {**(await self._process.request("metrics"))["metrics"], "energy": self._energy.read()}
 
     async def _load(self) -> dict[str, Any]:
         load = (await self._process.request("load"))["load"]

@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 
 from cluster.config import Settings
 from cluster.errors import ConfigError
+from model.quantised import engine_args
 from model.tokenizer_files import tokenizer_args
 
 _GIB = 1 << 30
@@ -31,6 +32,7 @@ _OWN = {
     "kv_cache_memory_bytes": "engine.kv_cache_gib",
     "enforce_eager": "engine.enforce_eager",
     "enable_log_requests": "engine.log_prompts",
+    "disable_log_stats": "metrics",
     "host": "http_options.host",
     "port": "http_options.port",
 }
@@ -50,6 +52,7 @@ def engine_arguments(settings: Settings, *, remote_experts: bool, kv_cache_bytes
         "max_num_batched_tokens": engine.max_num_batched_tokens,
         "enforce_eager": engine.enforce_eager,
         "enable_log_requests": engine.log_prompts,
+        "disable_log_stats": not settings.metrics,
         "disable_uvicorn_access_log": True,
     }
     if engine.max_model_len is not None:
@@ -59,6 +62,7 @@ def engine_arguments(settings: Settings, *, remote_experts: bool, kv_cache_bytes
     if remote_experts:
         from model.partial_loading import DENSE_LOAD_FORMAT
 
+        arguments |= engine_args(settings.model)
         arguments["load_format"] = DENSE_LOAD_FORMAT
         arguments["worker_extension_cls"] = "model.remote_experts.LayerCallStats"
     return {**arguments, **tokenizer_args(settings.model), **engine.vllm}
@@ -126,6 +130,13 @@ async def build_openai_app(namespace: Namespace, engine: Any) -> ASGIApp:
     if namespace.worker_extension_cls:
         app.add_api_route("/switchyard/stats", _layer_call_stats_of(engine), methods=["GET"])
     return app
+
+
+def metrics_registry() -> Any:
+    """The prometheus_client registry that has vLLM's metrics of this process."""
+    from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+    return get_prometheus_registry()
 
 
 def _layer_call_stats_of(engine: Any) -> Callable[[], Awaitable[dict[str, int]]]:

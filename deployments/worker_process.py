@@ -12,10 +12,11 @@ from typing import Any
 
 from cluster.config import Settings
 from cluster.errors import ConnectionLost, SwitchyardError
+from cluster.rotation import Secrets
 from cluster.routing import Shard
 
 _STOP_LIMIT_S = 5.0
-_ANSWERS = {"stats": "stats", "load": "load", "drain": "drained"}
+_ANSWERS = {"stats": "stats", "load": "load", "metrics": "metrics", "drain": "drained", "secrets": "secrets"}
 
 
 class WorkerFailed(SwitchyardError):
@@ -46,19 +47,19 @@ class WorkerProcess:
         await self._send({"warm": {"model": settings.model, "dtype": settings.dtype}})
         await self._receive_until("warm")
 
-    async def load(
-        self, settings: Settings, shard: Shard, num_threads: int, secret: bytes, tcp_host: str
-    ) -> dict[str, Any]:
+    async def load(self, settings: Settings, shard: Shard, num_threads: int, secrets: Secrets) -> dict[str, Any]:
         """Load a shard and serve it: {"endpoint", "fingerprint", "memory_bytes", "device"}. Raises WorkerFailed."""
         await self._send(
             {
                 "model": settings.model,
                 "dtype": settings.dtype,
                 "shard": asdict(shard),
-                "secret": secret.hex(),
+                "secrets": in_hex(secrets),
                 "num_threads": num_threads,
                 "max_tokens": settings.engine.max_num_batched_tokens,
-                "tcp_host": tcp_host,
+                "tcp_host": settings.worker.host,
+                "tls": settings.worker.tls,
+                "fault_injection": settings.worker.fault_injection,
             }
         )
         return await self._receive_until("ready")
@@ -93,10 +94,10 @@ class WorkerProcess:
             assert self._process is not None
             self._process.kill()
 
-    async def request(self, command: str) -> dict[str, Any]:
+    async def request(self, command: str, **details: Any) -> dict[str, Any]:
         """Send a command of model/worker_main.py and return its answer. Raises ConnectionLost if it is gone."""
         async with self._asking:
-            await self._send({"command": command})
+            await self._send({"command": command, **details})
             while True:
                 answer = await self._receive()
                 if _ANSWERS[command] in answer:  # else the answer to a request that was cancelled
@@ -131,6 +132,11 @@ class WorkerProcess:
             raise ConnectionLost(f"worker process {self._process.pid} has ended with status {status}")
         message: dict[str, Any] = json.loads(line)
         return message
+
+
+def in_hex(secrets: Secrets) -> list[str]:
+    """What a worker process is told of them."""
+    return [secret.hex() for secret in secrets.accepted]
 
 
 def kernel_environment(cores: Sequence[int], bind: bool = True) -> dict[str, str]:

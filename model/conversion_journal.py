@@ -18,7 +18,7 @@ from model.safetensors_writer import PARTIAL_SUFFIX, write_json
 
 JOURNAL = ".conversion.json"
 RECORD = "switchyard_conversion.json"
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from model.quantised import Quantised
 from model.tensor_sets import tensor_sets
 
 _EXPERT = re.compile(r"(?:^|\.)experts\.")
@@ -71,20 +72,40 @@ def whole_weights(files: Iterable[str | Path]) -> Iterator[tuple[str, torch.Tens
 
 
 def hosted_weights(
-    files: Iterable[str | Path], experts: Collection[int], num_experts: int
+    files: Iterable[str | Path], experts: Collection[int], num_experts: int, as_stored: bool = False
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors of the given experts, renumbered 0..len(experts)-1 in the order of `experts`; nothing else is read.
 
     A stacked tensor (first dimension a multiple of num_experts) is sliced on disk: only the wanted rows are read.
-    Tensors cut for tensor parallelism come whole, int8 experts (model/int8_experts.py) as plain weights.
+    Tensors cut for tensor parallelism come whole, integers with scales (model/quantised.py) as plain weights, or with
+    `as_stored` as the three tensors that they are.
     """
     local_of = {expert: local for local, expert in enumerate(experts)}
     for tensors in tensor_sets(files):
-        for name in tensors.names:
+        read_as_stored = as_stored and tensors.format is not None
+        for name in tensors.stored_names if read_as_stored else tensors.names:
             if not is_expert_tensor(name):
                 continue
             match = _EXPERT_NUMBER.fullmatch(name)
             if match is None:
                 yield name, tensors.stacked_rows(name, list(experts), num_experts)
             elif int(match[2]) in local_of:
-                yield f"{match[1]}{local_of[int(match[2])]}{match[3]}", tensors.tensor(name)
+                tensor = tensors.stored(name) if read_as_stored else tensors.tensor(name)
+                yield f"{match[1]}{local_of[int(match[2])]}{match[3]}", tensor
+
+
+def hosted_integers(
+    files: Iterable[str | Path], layers: Collection[int], experts: Collection[int]
+) -> Iterator[tuple[int, int, str, Quantised]]:
+    """(layer, expert's place in `experts`, name of the matrix, the matrix) of integer experts; nothing else is read.
+
+    layers: as in tensor names. The name is that of the projection: w1, gate_proj, ..
+    """
+    local_of = {expert: local for local, expert in enumerate(experts)}
+    for tensors in tensor_sets(files):
+        for name in tensors.names:
+            match, layer = _EXPERT_NUMBER.fullmatch(name), _LAYER.search(name)
+            if match is None or layer is None or int(match[2]) not in local_of or int(layer[1]) not in layers:
+                continue
+            projection = match[3].removeprefix(".").removesuffix(".weight")
+            yield int(layer[1]), local_of[int(match[2])], projection, tensors.quantised(name)

@@ -6,6 +6,7 @@ from typing import Any
 
 from cluster.errors import CheckpointError
 from model.grok_spec import GrokSpec, parse_spec
+from model.quantised import config_format, logical_shapes
 from model.tp_shards import assembled_shape, is_sharded, shard_sets
 
 Shapes = dict[str, tuple[int, ...]]
@@ -75,12 +76,14 @@ def check_grok_tensors(folder: Path, config: Mapping[str, Any], headers: Headers
     except ValueError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from None
     found: Shapes = {}
+    stored = config_format(config, folder / "config.json")
+    shapes = {path: logical_shapes(header, stored) for path, header in headers.items()}
     where: dict[str, Path] = {}
     for files in shard_sets(headers):
-        for name in {name: None for path in files for name in headers[path]}:
-            parts = [headers[path][name]["shape"] for path in files if name in headers[path]]
+        for name in {name: None for path in files for name in shapes[path]}:
+            parts = [shapes[path][name] for path in files if name in shapes[path]]
             if len(parts) < len(files):
-                lacking = next(path for path in files if name not in headers[path])
+                lacking = next(path for path in files if name not in shapes[path])
                 raise CheckpointError(f"{lacking} has no part of {name}, which {files[0].name} and others have")
             found[name], where[name] = assembled_shape(name, parts, files), files[0]
     for name, shape in expected.items():

@@ -11,9 +11,10 @@ import contextlib
 import copy
 import functools
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,9 @@ from vllm.distributed import (
     initialize_model_parallel,
 )
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.platforms import current_platform
@@ -35,9 +38,11 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from cluster.combine import Accumulator
 from cluster.errors import CheckpointError
 from cluster.routing import Shard
-from model.expert_weights import hosted_weights
-from model.moe_spec import MoeSpec, inspect_checkpoint
+from model.expert_weights import hosted_integers, hosted_weights
+from model.integer_experts import IntegerExperts, can_compute
+from model.moe_spec import MoeSpec, inspect_checkpoint, weight_files
 from model.partial_loading import PartialLoader
+from model.quantised import engine_args
 from model.replacement import replace_routed_experts
 
 Progress = Callable[[str], None]
@@ -49,6 +54,7 @@ class _Hosting:
 
     shard: Shard
     device: torch.device
+    integers: bool = False  # stored as integers, to be computed as such where there is a kernel
 
 
 _hosting: _Hosting | None = None
@@ -73,8 +79,28 @@ class _HostedMixin:
                 layer_name, params_dtype, moe_config, quant_config, expert_map_manager=expert_map_manager, **kwargs
             )
 
+    def _get_quant_method(self, prefix, quant_config, moe_config) -> FusedMoEMethodBase:
+        activation = moe_config.activation.value
+        is_plain = not (moe_config.has_bias or self.apply_router_weight_on_input)
+        if _hosting.integers and is_plain and can_compute(activation, moe_config.in_dtype):
+            return _IntegerMethod(moe_config)
+        return super()._get_quant_method(prefix, quant_config, moe_config)
+
     def load_weights(self, weights):
         return super().load_weights(weights) if self.is_hosted else iter(())
+
+
+class _IntegerMethod(FusedMoEMethodBase):
+    """To vLLM a method without weights: the layer's experts are IntegerExperts, which are called directly."""
+
+    def create_weights(self, layer, num_experts, hidden_size, intermediate_size_per_partition, params_dtype, **extra):
+        """Takes no memory."""
+
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:
+        return FusedMoEQuantConfig.make()
+
+    def apply(self, layer, x, topk_weights, topk_ids, shared_experts, shared_experts_input) -> torch.Tensor:
+        raise NotImplementedError("a worker's layers are not called through vLLM")
 
 
 def warm_up(model: str, dtype: str) -> None:
@@ -85,13 +111,24 @@ def warm_up(model: str, dtype: str) -> None:
     torch.cpu._init_amx()
     current_platform.import_kernels()
     config = _vllm_config(model, dtype, 1)
+    spec = inspect_checkpoint(model, dtype)
     with set_current_vllm_config(config), _single_process_groups():
-        _build_on_meta(config, _Hosting(Shard(0, (0,), 0, 0), torch.device(current_platform.device_type)))
+        _build_on_meta(config, _hosting_of(Shard(0, (0,), 0, 0), spec))
+
+
+def _hosting_of(shard: Shard, spec: MoeSpec | None) -> _Hosting:
+    integers = spec is not None and spec.stored is not None and current_platform.is_cpu()
+    return _Hosting(shard, torch.device(current_platform.device_type), integers)
 
 
 def _vllm_config(model: str, dtype: str, max_tokens: int) -> VllmConfig:
     arguments = EngineArgs(
-        model=model, dtype=dtype, enforce_eager=True, skip_tokenizer_init=True, max_num_batched_tokens=max_tokens
+        model=model,
+        dtype=dtype,
+        enforce_eager=True,
+        skip_tokenizer_init=True,
+        max_num_batched_tokens=max_tokens,
+        **(engine_args(model) if current_platform.is_cpu() else {}),
     )
     return arguments.create_engine_config()
 
@@ -116,17 +153,22 @@ def _build_on_meta(config: VllmConfig, hosting: _Hosting) -> torch.nn.Module:
 class HostedExperts:
     """The experts of one shard, ready to compute. One per process: it owns the process's vLLM state.
 
-    `layers` maps the MoE-layer ordinal to vLLM's layer; `memory_bytes` is what the experts' parameters take, `device`
-    where they are, in words: "cpu", or "cuda:0" with the card's name.
+    `layers` maps the MoE-layer ordinal to vLLM's layer, `integers` to the experts of one whose weights are computed as
+    they are stored; `memory_bytes` is what all of them take, `device` where they are, in words: "cpu", or "cuda:0" with
+    the card's name.
     """
 
-    def __init__(self, spec: MoeSpec, shard: Shard, layers: dict[int, RoutedExperts]):
+    def __init__(
+        self, spec: MoeSpec, shard: Shard, layers: dict[int, RoutedExperts], integers: dict[int, IntegerExperts]
+    ):
         self.spec = spec
         self.shard = shard
         self.layers = layers
-        self.memory_bytes = sum(parameter.nbytes for layer in layers.values() for parameter in layer.parameters())
-        self.device = _describe(next(parameter.device for layer in layers.values() for parameter in layer.parameters()))
+        parameters = [parameter for layer in layers.values() for parameter in layer.parameters()]
+        self.device = _describe(next((p.device for p in parameters if not p.is_meta), torch.device("cpu")))
+        self.memory_bytes = sum(p.nbytes for p in parameters) + sum(e.memory_bytes for e in integers.values())
         self._sum = Accumulator(spec.hidden_size, max_tokens=1)
+        self._integers = {ordinal: experts.ready() for ordinal, experts in integers.items()}
         self._direct = {ordinal: _direct_kernel(layer) for ordinal, layer in layers.items()}
 
     @classmethod
@@ -147,10 +189,14 @@ class HostedExperts:
         progress("building the model's skeleton")
         config = _vllm_config(model, dtype, max_tokens)
         with set_current_vllm_config(config), _single_process_groups():
-            skeleton = _build_on_meta(config, _Hosting(shard, torch.device(current_platform.device_type)))
+            skeleton = _build_on_meta(config, _hosting_of(shard, spec))
             progress(f"reading {len(shard.experts)} of {spec.num_experts} experts per layer")
-            layers = _load_layers(config, skeleton, spec, shard)
-        return cls(spec, shard, layers)
+            routed = [module for module in skeleton.modules() if isinstance(module, RoutedExperts)]
+            layers = {module.ordinal: module for module in routed if module.is_hosted}
+            if all(isinstance(layer.quant_method, _IntegerMethod) for layer in layers.values()):
+                return cls(spec, shard, layers, _load_integers(Path(model), layers, spec, shard, num_threads))
+            _load_layers(config, skeleton, spec, shard, layers.values())
+        return cls(spec, shard, layers, {})
 
     def compute(
         self,
@@ -167,7 +213,9 @@ class HostedExperts:
         lives elsewhere; `complete` says that there is none. Tensors are on the CPU; they are moved when the experts are
         on a GPU. Call it in torch's inference mode.
         """
-        if complete:
+        if (integers := self._integers.get(layer)) is not None:
+            integers(out_TD, x_TD, weights_TK, ids_TK)  # it knows -1
+        elif complete:
             self._forward(layer, x_TD, weights_TK, ids_TK, out_TD)
         else:
             self._forward_pairs(layer, x_TD, weights_TK, ids_TK, ids_TK.numpy() >= 0, out_TD)
@@ -272,12 +320,46 @@ def _single_process_groups() -> Iterator[None]:
         destroy_distributed_environment()
 
 
-def _load_layers(config: VllmConfig, skeleton: Any, spec: MoeSpec, shard: Shard) -> dict[int, RoutedExperts]:
-    loader = PartialLoader(config.load_config, lambda files: hosted_weights(files, shard.experts, spec.num_experts))
+def _load_integers(
+    folder: Path, layers: dict[int, RoutedExperts], spec: MoeSpec, shard: Shard, num_threads: int
+) -> dict[int, IntegerExperts]:
+    loaded = {
+        ordinal: IntegerExperts(
+            len(shard.experts),
+            layer.hidden_size,
+            layer.intermediate_size_per_partition,
+            layer.activation.value,
+            num_threads,
+        )
+        for ordinal, layer in layers.items()
+    }
+    ordinals = {spec.layers[ordinal]: ordinal for ordinal in layers}
+    try:
+        for number, expert, name, matrix in hosted_integers(weight_files(folder), ordinals, shard.experts):
+            ordinal = ordinals[number]
+            loaded[ordinal].put(expert, _matrix_names(layers[ordinal])[name], matrix)
+        for experts in loaded.values():
+            experts.ready()
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder}: {error}. Convert the checkpoint again.") from None
+    return loaded
+
+
+def _matrix_names(layer: RoutedExperts) -> dict[str, str]:
+    """The checkpoint's name of a projection -> w1, w2 or w3."""
+    names = (layer.ckpt_gate_proj_name, layer.ckpt_down_proj_name, layer.ckpt_up_proj_name)
+    return dict(zip(names, ("w1", "w2", "w3"), strict=True))
+
+
+def _load_layers(
+    config: VllmConfig, skeleton: Any, spec: MoeSpec, shard: Shard, layers: Iterable[RoutedExperts]
+) -> None:
+    as_stored = config.quant_config is not None
+    loader = PartialLoader(
+        config.load_config, lambda files: hosted_weights(files, shard.experts, spec.num_experts, as_stored)
+    )
     skeleton.load_weights(loader.get_all_weights(config.model_config, skeleton))
-    routed = [module for module in skeleton.modules() if isinstance(module, RoutedExperts)]
-    layers = {module.ordinal: module for module in routed if module.is_hosted}
-    for layer in layers.values():
+    for layer in layers:
         layer.quant_method.process_weights_after_loading(layer)
         layer._ensure_moe_quant_config_init()
         if layer.quant_method.is_monolithic:
@@ -285,4 +367,3 @@ def _load_layers(config: VllmConfig, skeleton: Any, spec: MoeSpec, shard: Shard)
                 f"vLLM's kernel {type(layer.quant_method).__name__} computes the gate itself, so these experts "
                 "cannot be served apart from the engine on this device"
             )
-    return layers

@@ -12,6 +12,7 @@ from cluster.errors import CheckpointError
 from model.expert_weights import is_expert_tensor, moe_layer_indices, read_header
 from model.grok_spec import is_grok
 from model.grok_tensors import check_grok_tensors
+from model.quantised import Format, config_format
 from model.tp_shards import shard_sets
 
 # The names vLLM 0.32 looks for (vllm/transformers_utils/model_arch_config_convertor.py).
@@ -25,7 +26,10 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torc
 
 @dataclass(frozen=True)
 class MoeSpec:
-    """The routed experts of a checkpoint. num_layers counts MoE layers; dtype is that of the activations."""
+    """The routed experts of a checkpoint. num_layers counts MoE layers; dtype is that of the activations.
+
+    layers: their numbers in tensor names; the place here is the MoE-layer ordinal. stored: None for plain weights.
+    """
 
     num_layers: int
     num_experts: int
@@ -33,6 +37,8 @@ class MoeSpec:
     hidden_size: int
     fingerprint: str
     dtype: torch.dtype
+    layers: tuple[int, ...]
+    stored: Format | None
 
 
 def inspect_checkpoint(model: str, dtype: str = "auto") -> MoeSpec | None:
@@ -41,7 +47,7 @@ def inspect_checkpoint(model: str, dtype: str = "auto") -> MoeSpec | None:
     Raises CheckpointError, saying what to do, when the folder is no checkpoint or its experts cannot be read.
     """
     folder = Path(model)
-    config = _read_config(folder)
+    config = read_config(folder)
     files = weight_files(folder)
     shard_sets(files)
     by_path = {path: read_header_or_raise(path) for path in files}
@@ -67,6 +73,8 @@ def inspect_checkpoint(model: str, dtype: str = "auto") -> MoeSpec | None:
         hidden_size=hidden_size,
         fingerprint=_fingerprint(config, headers, dtype),
         dtype=resolve_dtype(config, dtype),
+        layers=tuple(layers),
+        stored=config_format(config, folder / "config.json"),
     )
 
 
@@ -99,7 +107,8 @@ def read_header_or_raise(path: Path) -> dict[str, dict[str, object]]:
         raise CheckpointError(str(error)) from None
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a checkpoint folder. Raises CheckpointError when there is none."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder: give the path of a checkpoint (config.json, *.safetensors)")
     path = folder / "config.json"

@@ -9,6 +9,8 @@ Shapes: T tokens, D hidden, K chosen experts per token.
 
 import functools
 import os
+import threading
+import time
 from pathlib import Path
 
 import torch
@@ -31,18 +33,19 @@ from model.replacement import replace_routed_experts
 
 logger = init_logger(__name__)
 
+_METRICS_EVERY_S = 1.0
+
 
 class EngineLink:
     """This process's dispatcher and the feed that keeps its routing table current; made at the first layer call."""
 
     def __init__(self, *, hidden_size: int, top_k: int, dtype: torch.dtype, max_tokens: int):
         environment = os.environ
-        secret = Path(environment["SWITCHYARD_SECRET_FILE"]).read_bytes()
         self._is_stalled = False
         self.subscriber: TableSubscriber | None = None
         self.dispatcher = Dispatcher(
             engine_id=environment["SWITCHYARD_ENGINE_ID"],
-            secret=secret,
+            secret=Path(environment["SWITCHYARD_SECRET_FILE"]).read_bytes,  # changes while the engine runs
             hidden_size=hidden_size,
             top_k=top_k,
             dtype=dtype,
@@ -51,8 +54,18 @@ class EngineLink:
             on_timeout=self._on_timeout,
             on_accused=self._on_accused,
         )
-        self.subscriber = TableSubscriber(environment[FEED_VARIABLE], secret, self.dispatcher.update)
+        feed_secret = Path(environment["SWITCHYARD_FEED_SECRET_FILE"]).read_bytes()
+        self.subscriber = TableSubscriber(environment[FEED_VARIABLE], feed_secret, self.dispatcher.update)
         self.subscriber.wait_first(float(environment["SWITCHYARD_START_TIMEOUT_S"]))
+        if environment["SWITCHYARD_METRICS"] == "1":
+            threading.Thread(target=self._publish_metrics, name="switchyard-metrics", daemon=True).start()
+
+    def _publish_metrics(self) -> None:
+        """Once a second, from a thread of its own: the step's thread counts and does nothing else for metrics."""
+        assert self.subscriber is not None
+        while True:
+            self.subscriber.publish(self.dispatcher.metrics())
+            time.sleep(_METRICS_EVERY_S)
 
     def _on_timeout(self, why: str) -> None:
         """To vLLM an error in a forward step is the engine's end. So the step waits on, and HTTP answers meanwhile."""

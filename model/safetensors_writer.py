@@ -18,14 +18,13 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from model.ckpt0_pickle import ITEM_BYTES
-
 PARTIAL_SUFFIX = ".partial"
+_ITEM_BYTES = {"I8": 1, "BF16": 2, "F16": 2, "F32": 4, "I32": 4, "I64": 8}
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Name, dtype ("I8", "BF16", "F32") and shape of a tensor to be written."""
+    """Name, dtype (one of _ITEM_BYTES) and shape of a tensor to be written."""
 
     name: str
     dtype: str
@@ -33,7 +32,7 @@ class TensorEntry:
 
     @property
     def num_bytes(self) -> int:
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
 
 
 def header_bytes(entries: Sequence[TensorEntry], metadata: Mapping[str, str]) -> bytes:

@@ -1,4 +1,4 @@
-"""Tensors by name from safetensors files, whole and plain, however they are stored: cut for TP, or int8 with scales."""
+"""Tensors by name from safetensors files, whole and plain, however they are stored: cut for TP, or as integers."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from cluster.errors import CheckpointError
-from model.int8_experts import SCALE_SUFFIX, dequantise, product_dtype
+from model.quantised import PACKED, SCALES, SHAPE, Quantised, format_of, plain
 from model.tp_shards import assembled_shape, cut_dimension, shard_sets
 
 
@@ -19,7 +19,7 @@ class TensorSet:
     def __init__(self, files: tuple[Path, ...], opened: list[Any]):
         self._files = files
         self._opened = opened
-        self._product = product_dtype(opened[0].metadata(), str(files[0]))
+        self.format = format_of(opened[0].metadata(), str(files[0]))
         stored = opened[0].offset_keys()
         for path, other in zip(files, opened, strict=True):
             odd = set(stored) ^ set(other.keys())
@@ -27,21 +27,39 @@ class TensorSet:
                 raise CheckpointError(
                     f"{path} and {files[0].name} shall hold parts of the same tensors: see {min(odd)}"
                 )
-        self._scales = {name for name in stored if name.endswith(SCALE_SUFFIX)} if self._product else set()
-        self.names = [name for name in stored if name not in self._scales]
+        self.stored_names = list(stored)
+        self._stored = set(stored)
+        self._packed = {name.removesuffix(PACKED) for name in stored if name.endswith(PACKED)} if self.format else set()
+        beside = {name + suffix for name in self._packed for suffix in (SCALES, SHAPE)}
+        self.names = [
+            name.removesuffix(PACKED) if name.removesuffix(PACKED) in self._packed else name
+            for name in stored
+            if name not in beside
+        ]
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The whole tensor; int8 experts as what their file says they become."""
+        """The whole tensor; integers with scales as what their file says they become."""
         if len(self._opened) > 1:
             return self._assembled(name)
-        tensor: torch.Tensor = self._opened[0].get_tensor(name)
-        if name + SCALE_SUFFIX not in self._scales:
-            return tensor
-        assert self._product is not None, "only files with a product have scales"
+        if name not in self._packed:
+            return self.stored(name)
         try:
-            return dequantise(tensor, self._opened[0].get_tensor(name + SCALE_SUFFIX), self._product)
+            return plain(self.quantised(name))
         except ValueError as error:
             raise CheckpointError(f"{self._files[0]}: {name}: {error}. Convert the checkpoint again.") from None
+
+    def stored(self, name: str) -> torch.Tensor:
+        """One of `stored_names`, as it is in the file."""
+        tensor: torch.Tensor = self._opened[0].get_tensor(name)
+        return tensor
+
+    def quantised(self, name: str) -> Quantised:
+        """One of `names` as integers and scales. Raises CheckpointError when it is stored otherwise."""
+        if self.format is None or name not in self._packed or name + SCALES not in self._stored:
+            raise CheckpointError(
+                f"{self._files[0]} has no integers and scales of {name}. Convert the checkpoint again."
+            )
+        return Quantised(self.format, self.stored(name + PACKED), self.stored(name + SCALES))
 
     def stacked_rows(self, name: str, experts: list[int], num_experts: int) -> torch.Tensor:
         """The experts' blocks of a tensor that stacks all experts along dim 0; one of another shape passes whole."""
@@ -70,14 +88,14 @@ def tensor_sets(files: Iterable[str | Path]) -> Iterator[TensorSet]:
 
 
 def each_once(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """`weights` as they come. Raises CheckpointError for parts of tensors and int8 experts: a loader that knows neither
-    would leave a model that runs and talks nonsense.
+    """`weights` as they come. Raises CheckpointError for parts of tensors and packed integers: a loader that knows
+    neither would leave a model that runs and talks nonsense.
     """
     seen: set[str] = set()
     for name, tensor in weights:
-        if name in seen or tensor.dtype == torch.int8:
+        if name in seen or name.endswith(PACKED):
             raise CheckpointError(
-                f"{name} is stored in parts or as int8, which vLLM's own loader cannot read. Serve the model with its "
+                f"{name} is stored in parts or packed, which vLLM's own loader cannot read. Serve the model with its "
                 "experts in workers, or give vLLM load_format=switchyard-whole."
             )
         seen.add(name)

@@ -4,17 +4,20 @@ A process of its own, because OpenMP takes its thread count, binding and spinnin
 because no other thread shall hold the interpreter while a layer call waits.
 
 Its parent speaks JSON lines. On stdin, first the order (see Order), then commands; on stdout, reports:
-    stdin   {"model", "dtype", "shard": {..}, "secret": hex, "num_threads", "max_tokens", "tcp_host"}
+    stdin   {"model", "dtype", "shard": {..}, "secrets": [hex, ..], "num_threads", "max_tokens", "tcp_host", "tls",
+             "fault_injection"}
             or first {"warm": {"model", "dtype"}}, for a spare: have everything imported, and wait for the order
-            {"command": "stats" | "load" | "drain"}
+            {"command": "stats" | "load" | "metrics" | "drain"} or {"command": "secrets", "accepted": [hex, ..]}
     stdout  {"stage": text}          while loading
             {"warm": {}}             the spare may be given an order
             {"ready": {"endpoint": {..}, "fingerprint", "memory_bytes", "device"}}
             {"failed": text}         loading failed; the process exits
-            answers, in order: {"stats": {..}} {"load": {"tokens", "messages", "waiting", "fault": empty if sound}}
-            {"drained": bool}, false if something taken was not answered in time
+            answers, in order: {"stats": {..}} {"load": {"tokens", "messages", "waiting", "fault": empty if
+            sound, "expert_tokens": see cluster/expert_load.py}}
+            {"metrics": {..}} (cluster/measures.py) {"drained": bool}, false if something taken was not answered in time
+            {"secrets": {}}          from now on engines prove one of those
 End of stdin means that the parent is gone or wants it to stop: the worker answers what it has taken and exits.
-The secret comes by stdin so that it is in no environment, command line or file.
+Secrets come by stdin so that they are in no environment, command line or file.
 """
 
 import ctypes
@@ -91,7 +94,9 @@ def _take_stdout() -> TextIO:
 
 
 def _load(order: dict[str, Any], progress) -> tuple[Any, dict[str, Any]]:
+    from cluster.sabotage import SabotagedServer, Saboteur
     from cluster.server import ExpertServer
+    from cluster.tls import server_tls
     from model.hosted_experts import HostedExperts
 
     shard = Shard(**{**order["shard"], "experts": tuple(order["shard"]["experts"])})
@@ -104,9 +109,10 @@ def _load(order: dict[str, Any], progress) -> tuple[Any, dict[str, Any]]:
         progress=progress,
     )
     spec = hosted.spec
-    server = ExpertServer(
+    secrets = _secrets(order["secrets"])
+    server = (SabotagedServer if order["fault_injection"] else ExpertServer)(
         compute=hosted.compute,
-        secret=bytes.fromhex(order["secret"]),
+        secret=secrets[0],
         model_fingerprint=spec.fingerprint,
         hidden_size=spec.hidden_size,
         top_k=spec.top_k,
@@ -115,7 +121,11 @@ def _load(order: dict[str, Any], progress) -> tuple[Any, dict[str, Any]]:
         num_local_experts=len(shard.experts),
         tcp_host=order["tcp_host"],
         max_tokens=order["max_tokens"],
+        tls=server_tls(order["tls"], order["tcp_host"]),
     )
+    server.take_secrets(secrets)
+    if isinstance(server, SabotagedServer):
+        Saboteur(server)
     ready = {
         "endpoint": dataclasses.asdict(server.endpoint),
         "fingerprint": spec.fingerprint,
@@ -127,15 +137,25 @@ def _load(order: dict[str, Any], progress) -> tuple[Any, dict[str, Any]]:
 
 def _obey(server: Any, report) -> None:
     for line in sys.stdin:
-        command = json.loads(line)["command"]
+        order = json.loads(line)
+        command = order["command"]
         if command == "stats":
             report(stats=server.stats())
         elif command == "load":
             report(load={**server.load(), "fault": _fault(server)})
+        elif command == "metrics":
+            report(metrics=server.metrics())
         elif command == "drain":
             server.drain()
             report(drained=server.wait_drained(_DRAIN_LIMIT_S))
+        elif command == "secrets":
+            server.take_secrets(_secrets(order["accepted"]))
+            report(secrets={})
     server.stop()
+
+
+def _secrets(in_hex: list[str]) -> list[bytes]:
+    return [bytes.fromhex(each) for each in in_hex]
 
 
 def _fault(server: Any) -> str:

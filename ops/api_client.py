@@ -32,6 +32,10 @@ class ApiClient:
         """The JSON behind a path."""
         return json.loads(self._request("GET", path, None, _TIMEOUT_S).read())
 
+    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """The JSON that answers a request."""
+        return json.loads(self._request("POST", path, body, _TIMEOUT_S).read())
+
     def act(self, path: str, body: Mapping[str, Any], say: Callable[[str], None]) -> None:
         """Have something done; `say` is called with every word about it. Returns when it is done."""
         for line in self._request("POST", path, body, _ACTION_TIMEOUT_S):

@@ -9,26 +9,37 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 
-from cluster.errors import ConfigError
+from cluster.errors import ConfigError, SwitchyardError
 
 # name -> (module, one line for --help)
 COMMANDS = {
     "serve": ("ops.serve", "start a model on this machine and serve it over HTTP"),
     "plan": ("ops.plan", "say whether a model fits, what runs where, how fast; write the ray-config.yaml"),
     "simulate": ("ops.simulate", "predict how a planned cluster behaves under a load, and when nodes are lost"),
+    "up": ("ops.up", "start the head of a cluster of several machines, and serve a model on it"),
+    "join": ("ops.join", "give this machine to a cluster"),
+    "down": ("ops.down", "stop a cluster, or take this machine out of one"),
     "status": ("ops.status", "show a running cluster: shards, replicas, engines, what happened"),
     "events": ("ops.events", "print what happened in a running cluster, and what happens next"),
     "scale": ("ops.scale", "change how many replicas a shard has"),
     "drain": ("ops.drain", "take a worker out, without losing a request"),
     "restart": ("ops.restart", "replace workers one after the other"),
+    "rotate-secret": ("ops.rotate_secret", "change the secret that engines and workers prove to each other"),
+    "keys": ("ops.keys", "make, list, replace and revoke API keys"),
+    "top": ("ops.top", "watch a running cluster, as htop does a machine"),
+    "console": ("ops.console.command", "print a link that opens the web console"),
     "doctor": ("ops.doctor", "check installation, machine and running clusters, and say what to do"),
+    "energy": ("ops.energy", "measure joules per token and tokens per kWh of a running cluster"),
+    "observe": ("ops.observe.prometheus", "start Prometheus against a running cluster"),
     "convert": ("ops.convert", "turn Grok-1 as released into a folder that can be served"),
     "models": ("ops.models", "list the known models with their shapes and the memory they take"),
     "license": ("ops.license", "print the licence terms that apply to a model"),
     "bench": ("ops.bench", "measure against colocated vLLM, and make benchmark checkpoints"),
+    "completion": ("ops.completion", "print a script that completes commands in bash, zsh or fish"),
     "version": ("ops.version", "print the versions of Switchyard and what it stands on"),
 }
 
+FAILED = 1
 USAGE_ERROR = 2
 
 
@@ -42,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"switchyard: {error}", file=sys.stderr)
         return USAGE_ERROR
+    except SwitchyardError as error:
+        print(f"switchyard: {error}", file=sys.stderr)
+        return FAILED
 
 
 def _parser(chosen: str | None) -> argparse.ArgumentParser:
@@ -68,6 +82,14 @@ def _parser(chosen: str | None) -> argparse.ArgumentParser:
         module.add_arguments(command)
         command.set_defaults(run=module.run)
     return parser
+
+
+def options_of(name: str) -> list[str]:
+    """Every option of a subcommand, in the order of its --help."""
+    module = importlib.import_module(COMMANDS[name][0])
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    return [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
 
 
 if __name__ == "__main__":

@@ -38,11 +38,19 @@ check_machine() {
 # Installed is what this prints: the same locks, project file, interpreter and place.
 fingerprint() {
     {
-        cat "requirements-$kind.lock" pyproject.toml ops/install.sh cluster/*.c
+        cat "requirements-$kind.lock" pyproject.toml ops/install.sh {cluster,model}/*.[ch]
         [ -z "$tests" ] || cat requirements-test.lock
         "$1" -V
         pwd
     } | sha256sum | cut -d' ' -f1
+}
+
+# The console is tested in a real browser. Without the rights to install one, its tests say what to install.
+install_chromium() {
+    if command -v chromium >/dev/null || [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then return; fi
+    echo "installing chromium, in which the console is tested"
+    { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium; } >/dev/null 2>&1 ||
+        echo "chromium could not be installed; the console's tests will fail"
 }
 
 make_venv() {
@@ -81,8 +89,19 @@ install_torch_cpu() {
         fail "$line could not be installed, neither from pip's configured sources nor from $torch_cpu_index."
 }
 
+# promtool checks the alert rules in the tests.
+install_promtool() {
+    if command -v promtool >/dev/null; then return; fi
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        echo "installing the Debian package prometheus, for promtool"
+        { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends prometheus; } \
+            >/dev/null 2>&1 || echo "switchyard: prometheus could not be installed; the test of the alert rules will fail." >&2
+    fi
+}
+
 case $kind in cpu | gpu) ;; *) fail "usage: ops/install.sh cpu|gpu [test]" ;; esac
 check_machine
+[ -z "$tests" ] || install_chromium
 python=$(find_python)
 stamp=$venv/.installed-$kind${tests:+-test}
 wanted=$(fingerprint "$python")
@@ -102,6 +121,7 @@ done
 rm -f "$venv"/.installed-*
 
 started=$SECONDS
+[ -z "$tests" ] || install_promtool
 [ "$kind" = gpu ] || install_torch_cpu
 locked=$(mktemp)
 trap 'rm -f "$locked"' EXIT

@@ -1,24 +1,30 @@
-"""A Ray of our own on this machine: everything on loopback, with a token, in a private folder, gone without a trace."""
+"""A Ray of our own on this machine, with a token, in a private folder, gone without a trace.
+
+Everything is on loopback, unless it is the head of a cluster (`switchyard up`).
+"""
 
 import contextlib
 import logging
 import os
-import secrets
 import shutil
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from cluster.addresses import is_loopback
 from cluster.inventory import NODE_LABEL
 from deployments import shared_memory
 from deployments.machine import node_name
 from ops import haproxy, processes
+from ops.beacon import EVERY_S, KEY, own_beacon
+from ops.node_environment import ENGINE_PORTS, RAY_PORT, make_token, node_environment
 from ops.ports import free_block
 
 _LOOPBACK = "127.0.0.1"
@@ -31,13 +37,28 @@ _PORTS = 50
 _FOLDER_PREFIX = "switchyard-"
 
 
+@dataclass(frozen=True)
+class Node:
+    """This machine's place in a cluster. Without an address of its own it is a cluster of one, on loopback."""
+
+    address: str = _LOOPBACK
+    port: int = RAY_PORT
+    token: Path | None = None
+    """File with the token that machines which join have to show. None: a new one that nobody else gets."""
+
+    @property
+    def is_alone(self) -> bool:
+        return is_loopback(self.address)
+
+
 class LocalRay:
     """Start with start(), end with stop(). Made once, before Ray is imported, because Ray reads the environment then.
 
+    `node` says where other machines find it; None is nowhere.
     `logs` is the folder with all logs: live while it runs, and kept after it has stopped.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, node: Node | None = None) -> None:
         if "ray" in sys.modules:
             raise RuntimeError("LocalRay sets Ray's environment, so it must be made before Ray is imported")
         # Short, because haproxy's unix sockets in it may have 107 characters at most.
@@ -45,13 +66,23 @@ class LocalRay:
         self._folder = Path(tempfile.mkdtemp(prefix=_FOLDER_PREFIX, dir="/tmp"))
         (self._folder / "owner").write_text(str(os.getpid()), encoding="ascii")
         self.logs = _log_home() / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+        self._node = node or Node()
         self._is_started = False
         self._is_stopping = threading.Event()
         os.environ.update(self._environment())
 
-    def start(self, *, http_host: str, http_port: int, http_options: Mapping[str, Any], proxy_location: str) -> None:
-        """Start Ray and Serve with haproxy on http_host:http_port. Takes about 8 s."""
+    def start(
+        self,
+        *,
+        http_host: str,
+        http_port: int,
+        http_options: Mapping[str, Any],
+        proxy_location: str,
+        pem: bytes | None = None,
+    ) -> None:
+        """Start Ray and Serve with haproxy on http_host:http_port, HTTPS with the `pem`. Takes about 8 s."""
         self._is_started = True
+        haproxy.write_launcher(self._folder, haproxy.Entry(http_host, http_port, pem), self._private_ports)
         processes.adopt_orphans()
         import ray
         from ray import serve
@@ -64,14 +95,27 @@ class LocalRay:
             log_to_driver=False,
             logging_level=logging.ERROR,
             labels={NODE_LABEL: node_name()},
-            _node_ip_address=_LOOPBACK,
+            _node_ip_address=self._node.address,
             _temp_dir=str(self._folder / "ray"),
         )
         self.logs.parent.mkdir(parents=True, exist_ok=True)
         self.logs.symlink_to(self._session_logs())
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        serve.start(proxy_location=proxy_location, http_options={**http_options, "host": http_host, "port": http_port})
+        # What engines bind to; haproxy reaches those of other machines over the network.
+        host = _LOOPBACK if self._node.is_alone else "0.0.0.0"
+        serve.start(proxy_location=proxy_location, http_options={**http_options, "host": host, "port": http_port})
         threading.Thread(target=self._sweep, name="shared-memory", daemon=True).start()
+        if not self._node.is_alone:
+            threading.Thread(target=self._shine, name="beacon", daemon=True).start()
+
+    def _shine(self) -> None:
+        """Tell machines that want to join what they have to be like."""
+        from ray.experimental import internal_kv
+
+        while True:
+            internal_kv._internal_kv_put(KEY, own_beacon().to_json(), overwrite=True)
+            if self._is_stopping.wait(EVERY_S):
+                return
 
     def _sweep(self) -> None:
         """Remove shared memory of processes that were killed, and so could not do it themselves."""
@@ -103,37 +147,26 @@ class LocalRay:
         self._keep_logs()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self) -> Mapping[str, str]:
         """Variables that every process of this Ray inherits; names as Ray 2.60 reads them."""
-        token = self._folder / "token"
-        token.touch(mode=0o600)
-        token.write_text(secrets.token_hex(32), encoding="ascii")
-        # A block of its own: haproxy may know a dead engine's port for a while, and no other Serve on this machine must
-        # get it meanwhile.
-        stats_port, last_port = free_block(_PORTS)
-        metrics_port, fallback_port, first_port = range(stats_port + 1, stats_port + 4)
+        node = self._node
+        token = node.token or self._folder / "token"
+        make_token(token)
         sockets = self._folder / "h"
         sockets.mkdir(mode=0o700)
         temporary = self._folder / "tmp"
         temporary.mkdir(mode=0o700)
+        # A block of its own: haproxy may know a dead engine's port for a while, and no other Serve on this machine must
+        # get it meanwhile. On a cluster it is the same on every machine, whose firewalls have to know it.
+        first, last = free_block(_PORTS) if node.is_alone else (ENGINE_PORTS[0] - 3, ENGINE_PORTS[1])
+        self._private_ports = (first, first + 1)
+        stats_port, metrics_port, fallback_port, first_port = range(first, first + 4)
+        # Its name is historical: 0 makes Ray take 127.0.0.1 as the node's address and listen there only.
+        reach = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"} if node.is_alone else {"RAY_GCS_SERVER_PORT": str(node.port)}
         return {
-            "TMPDIR": str(temporary),
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(token),
-            "RAY_USAGE_STATS_ENABLED": "0",
-            # Its name is historical: 0 makes Ray take 127.0.0.1 as the node's address and listen there only.
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-            # Ray's default of 15 would let any other program on the machine starve the kernels.
-            "RAY_worker_niceness": "0",
-            "RAY_health_check_period_ms": "1000",
-            "RAY_health_check_timeout_ms": "2000",
-            "RAY_health_check_failure_threshold": "3",
-            # The processes of an engine that was killed go with it.
-            "RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper": "1",
-            # Serve's controller looks after its replicas ten times a second by default, on a core that kernels need.
-            "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
-            "RAY_SERVE_ENABLE_HA_PROXY": "1",
-            "RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy.write_launcher(self._folder, (stats_port, metrics_port))),
+            **node_environment(token, temporary, (first_port, last)),
+            **reach,
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy.launcher_path(self._folder)),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(sockets / "haproxy.cfg"),
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(sockets / "admin.sock"),
             "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(sockets / "m.sock"),
@@ -144,12 +177,7 @@ class LocalRay:
             "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
             "RAY_SERVE_HAPROXY_NBTHREAD": "1",
             "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "5",
-            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_port),
-            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first_port),
-            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(last_port),
-            # One event loop per engine replica: a streamed token crosses no thread on its way out.
-            "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         }
 
     def _session_logs(self) -> Path:

@@ -85,8 +85,6 @@ def _args(plan: ClusterPlan, path: str) -> dict[str, Any]:
     }
     if plan.ranks > 1:
         args["engine"]["vllm"] = {"tensor_parallel_size": plan.ranks}
-    if len(all_nodes(plan.layout)) > 1:
-        args["worker"] = {"host": "node"}
     return args
 
 

@@ -10,10 +10,13 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 
 from cluster.errors import ConfigError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,41 @@ def announced(run: Run) -> Iterator[Path]:
         path.unlink(missing_ok=True)
 
 
+@dataclass(frozen=True)
+class Joined:
+    """One running `switchyard join`."""
+
+    pid: int
+    started_s: float
+    head: str
+
+
+@contextlib.contextmanager
+def joined_here(head: str) -> Iterator[None]:
+    """`switchyard down` finds this process meanwhile."""
+    folder = run_folder() / "joined"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = folder / f"{os.getpid()}.json"
+    me = Joined(os.getpid(), psutil.Process().create_time(), head)
+    path.write_text(json.dumps(dataclasses.asdict(me)), encoding="utf-8")
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def joined_nodes() -> list[Joined]:
+    """Every `switchyard join` of this user that runs here."""
+    found = []
+    for path in sorted((run_folder() / "joined").glob("*.json")):
+        node = _read(path, Joined)
+        if node is not None and _is_alive(node.pid, node.started_s):
+            found.append(node)
+        else:
+            path.unlink(missing_ok=True)
+    return found
+
+
 def run_folder() -> Path:
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     return Path(runtime, "switchyard") if runtime else Path.home() / ".cache" / "switchyard" / "run"
@@ -58,8 +96,8 @@ def living_runs() -> list[Run]:
     """Every cluster that runs; the files of those that do not are removed."""
     found = []
     for path in sorted(run_folder().glob("*.json")):
-        run = _read(path)
-        if run is not None and _is_alive(run):
+        run = _read(path, Run)
+        if run is not None and _is_alive(run.pid, run.started_s):
             found.append(run)
         else:
             path.unlink(missing_ok=True)
@@ -80,16 +118,16 @@ def find_run(port: int | None) -> Run:
     raise ConfigError(f"several clusters run on this machine: {names}. Choose one with --port.")
 
 
-def _read(path: Path) -> Run | None:
+def _read(path: Path, kind: type[T]) -> T | None:
     try:
-        return Run(**json.loads(path.read_text(encoding="utf-8")))
+        return kind(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 
 
-def _is_alive(run: Run) -> bool:
+def _is_alive(pid: int, started_s: float) -> bool:
     """The process exists and is not another with the same number."""
     try:
-        return bool(abs(psutil.Process(run.pid).create_time() - run.started_s) < 1.0)
+        return bool(abs(psutil.Process(pid).create_time() - started_s) < 1.0)
     except psutil.NoSuchProcess:
         return False

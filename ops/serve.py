@@ -14,14 +14,17 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cluster.config import parse_settings
 from cluster.errors import ConfigError
 from cluster.layout import num_workers
+from ops.exposure import checked_pem, with_checked_exposure
 from ops.ports import check_port
 from ops.serve_config import ServeConfig, read_serve_config
 from ops.startup import Startup
+
+if TYPE_CHECKING:
+    from ops.local_ray import Node
 
 DESCRIPTION = """\
 Start a model on this machine and serve it over HTTP, with OpenAI's API. Ctrl-C stops everything.
@@ -30,6 +33,7 @@ Start a model on this machine and serve it over HTTP, with OpenAI's API. Ctrl-C 
   switchyard serve --model /models/mixtral --workers 4
   switchyard serve --model /models/grok-2 --accept-license --dtype bfloat16 --engines 2 --replicas 2
   switchyard serve --config ray-config.yaml --port 9000
+  switchyard keys add alice && switchyard serve --host 0.0.0.0
 
 Settings come from the config file, if there is one, and from these options, which win. ray-config.yaml in the
 repository explains every setting.
@@ -38,7 +42,7 @@ repository explains every setting.
 DEFAULT_CONFIG = Path("ray-config.yaml")
 FAILED = 1
 
-_SETTINGS = {"model": "model", "workers": "workers", "replicas": "replicas", "engines": "engines", "dtype": "dtype"}
+_SETTINGS = ("model", "workers", "replicas", "engines", "dtype", "api_keys")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,15 +61,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="accept the terms of weights that ask for it, such as Grok-2's (`switchyard license MODEL` prints them)",
     )
-    parser.add_argument("--host", help="address to listen on (default 127.0.0.1: this machine only)")
-    parser.add_argument("--port", type=int, help="port to listen on (default 8000)")
     parser.add_argument(
-        "--ops-port", type=int, default=0, help="port of the ops API, this machine only (default: any that is free)"
+        "--host", help="address to listen on (default 127.0.0.1: this machine only; others ask for API keys)"
+    )
+    parser.add_argument("--port", type=int, help="port to listen on (default 8000)")
+    parser.add_argument("--tls-cert", metavar="FILE", help="serve HTTPS with this certificate (PEM, with its chain)")
+    parser.add_argument("--tls-key", metavar="FILE", help="the certificate's private key (PEM, without a password)")
+    parser.add_argument(
+        "--api-keys", metavar="FILE", help="ask for the keys of this file (`switchyard keys` makes them)"
+    )
+    parser.add_argument(
+        "--allow-anonymous", action="store_true", help="ask for no keys even where other machines can reach HTTP"
+    )
+    parser.add_argument(
+        "--ops-port", type=int, default=0, help="port of the console and the ops API, this machine only (default: any)"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Blocks until a signal ends it (status 0) or the application cannot start (status 1)."""
+    return serve_on(arguments, None)
+
+
+def serve_on(arguments: argparse.Namespace, node: "Node | None") -> int:
+    """run(), on a machine of its own (None) or as the head of a cluster."""
     config = configure(arguments)
     started_s = time.monotonic()
 
@@ -75,23 +94,28 @@ def run(arguments: argparse.Namespace) -> int:
     stop = threading.Event()
     install_handlers = _stop_on_signals(stop, say)
     say("checking the settings")
-    parse_settings(config.args)  # cheap, and before the seconds that the imports of the rest take
+    # Cheap, and before the seconds that the imports of the rest take.
+    config = with_checked_exposure(config)
+    checked_pem(config)
     check_port(config.host, config.port)
-    return _serve(config, arguments.ops_port, stop, say, install_handlers)
+    return _serve(config, node, arguments.ops_port, stop, say, install_handlers)
 
 
 def configure(arguments: argparse.Namespace) -> ServeConfig:
     """The file's settings with the command line's on top. Raises ConfigError."""
     path = arguments.config or (DEFAULT_CONFIG if DEFAULT_CONFIG.is_file() else None)
     config = read_serve_config(path) if path is not None else ServeConfig()
-    given = {
-        key: getattr(arguments, option) for option, key in _SETTINGS.items() if getattr(arguments, option) is not None
-    }
+    given = {key: getattr(arguments, key) for key in _SETTINGS if getattr(arguments, key) is not None}
     if arguments.accept_license:
         given["license"] = "accepted"
+    if arguments.allow_anonymous:
+        given["allow_anonymous"] = True
     config = dataclasses.replace(config, args={**config.args, **given})
     if arguments.host is not None:
         config = dataclasses.replace(config, host=arguments.host)
+    for option in ("tls_cert", "tls_key"):
+        if getattr(arguments, option) is not None:
+            config = dataclasses.replace(config, **{option: getattr(arguments, option)})
     if arguments.port is not None:
         if not 0 < arguments.port < 65536:
             raise ConfigError(f"--port: must be from 1 to 65535, not {arguments.port}.")
@@ -101,6 +125,7 @@ def configure(arguments: argparse.Namespace) -> ServeConfig:
 
 def _serve(
     config: ServeConfig,
+    node: "Node | None",
     ops_port: int,
     stop: threading.Event,
     say: Callable[[str], None],
@@ -108,22 +133,23 @@ def _serve(
 ) -> int:
     from ops.local_ray import LocalRay
 
-    ray = LocalRay()
+    ray = LocalRay(node)
     try:
-        plan = _checked_plan(config)
+        plan = _checked_plan(config, is_alone=node is None)
         say(f"starting Ray for {describe(plan)}")
         ray.start(
             http_host=config.host,
             http_port=config.port,
             http_options=config.http_options,
             proxy_location=config.proxy_location,
+            pem=checked_pem(config),
         )
         install_handlers()  # Ray has put its own in their place
         startup = Startup(config, plan, say)
         startup.deploy()
         if startup.wait_until_ready(stop):
-            with operable(config, plan, ops_port, ray.logs):
-                say(ready_message(config, plan, ray.logs))
+            with operable(config, plan, ops_port, ray.logs) as console:
+                say(ready_message(config, plan, ray.logs, console))
                 startup.watch(stop)
         say("stopping")
     except ConfigError:
@@ -141,21 +167,23 @@ def _serve(
 
 
 @contextlib.contextmanager
-def operable(config: ServeConfig, plan: Any, ops_port: int, logs: Path) -> Iterator[None]:
-    """Meanwhile `switchyard status` and its like find this cluster and can ask it for things."""
+def operable(config: ServeConfig, plan: Any, ops_port: int, logs: Path) -> Iterator[str | None]:
+    """Meanwhile `switchyard status` and its like find this cluster and can ask it for things; gives a console link."""
     if plan.spec is None:  # no experts, nothing to operate
-        yield
+        yield None
         return
     from deployments.control import Control
+    from ops.about import about
     from ops.api_server import ApiServer
     from ops.runs import announced, this_process
 
     token = secrets.token_hex(32)
-    server = ApiServer(Control(config.app_name), token, "127.0.0.1", ops_port, logs / "switchyard-audit.log")
-    run = this_process(model=plan.settings.name, http=base_url(config), ops=server.address, token=token, logs=str(logs))
+    url, audit_log = base_url(config), logs / "switchyard-audit.log"
+    server = ApiServer(Control(config.app_name), token, "127.0.0.1", ops_port, audit_log, about(plan, url))
+    run = this_process(model=plan.settings.name, http=url, ops=server.address, token=token, logs=str(logs))
     try:
         with announced(run):
-            yield
+            yield server.console_link()
     finally:
         server.close()
 
@@ -163,10 +191,10 @@ def operable(config: ServeConfig, plan: Any, ops_port: int, logs: Path) -> Itera
 def base_url(config: ServeConfig) -> str:
     """Where the HTTP API can be reached from this machine."""
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
-    return f"http://{host}:{config.port}"
+    return f"{'https' if config.tls_cert else 'http'}://{host}:{config.port}"
 
 
-def _checked_plan(config: ServeConfig) -> Any:
+def _checked_plan(config: ServeConfig, is_alone: bool) -> Any:
     """Everything that can be known to fail, before anything is started. Raises ConfigError."""
     from deployments.app import make_plan
     from deployments.machine import node_name
@@ -174,8 +202,9 @@ def _checked_plan(config: ServeConfig) -> Any:
 
     plan = make_plan(config.args)
     check_compiler(plan)
-    check_nodes(plan, node_name())
-    check_memory(plan)
+    if is_alone:  # else other machines have memory too, and other names
+        check_nodes(plan, node_name())
+        check_memory(plan)
     return plan
 
 
@@ -193,14 +222,17 @@ def describe(plan: Any) -> str:
     )
 
 
-def ready_message(config: ServeConfig, plan: Any, logs: Path) -> str:
-    """URL, a line to try, where the logs are."""
+def ready_message(config: ServeConfig, plan: Any, logs: Path, console: str | None) -> str:
+    """URL, a line to try, where the console and the logs are."""
     url = base_url(config)
     body = {"model": plan.settings.name, "prompt": example_prompt(plan), "max_tokens": 40}
+    key = " -H 'Authorization: Bearer KEY'" if plan.settings.api_keys else ""
+    headers = f"-H 'Content-Type: application/json'{key}"
+    console_line = f"  console: {console}\n" if console else ""
     return (
         f"ready: {url}/v1 serves {plan.settings.name}\n\n"
-        f"  curl {url}/v1/completions -H 'Content-Type: application/json' \\\n    -d '{json.dumps(body)}'\n\n"
-        f"  logs: {logs}\n  `switchyard status` shows the workers. Ctrl-C stops everything.\n"
+        f"  curl {url}/v1/completions {headers} \\\n    -d '{json.dumps(body)}'\n\n"
+        f"{console_line}  logs: {logs}\n  `switchyard status` shows the workers. Ctrl-C stops everything.\n"
     )
 
 

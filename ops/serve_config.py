@@ -16,7 +16,9 @@ from cluster.errors import ConfigError
 IMPORT_PATH = "deployments.app:build_app"
 
 _TOP_KEYS = ("proxy_location", "http_options", "logging_config", "applications")
-_HTTP_KEYS = ("host", "port", "request_timeout_s", "keep_alive_timeout_s", "root_path")
+_HTTP_KEYS = ("host", "port", "request_timeout_s", "keep_alive_timeout_s", "root_path", "ssl_certfile", "ssl_keyfile")
+# haproxy listens and ends TLS here, so Serve is not told of these.
+_OWN_HTTP_KEYS = ("host", "port", "ssl_certfile", "ssl_keyfile")
 _APP_KEYS = ("name", "route_prefix", "import_path", "args", "runtime_env", "deployments", "external_scaler_enabled")
 
 
@@ -26,6 +28,8 @@ class ServeConfig:
 
     host: str = "127.0.0.1"
     port: int = 8000
+    tls_cert: str | None = None
+    tls_key: str | None = None
     http_options: Mapping[str, Any] = field(default_factory=dict)
     proxy_location: str = "HeadOnly"
     app_name: str = "switchyard"
@@ -65,7 +69,9 @@ def parse_serve_config(document: Any) -> ServeConfig:
     return ServeConfig(
         host=_host(http.get("host", ServeConfig.host)),
         port=_port(http.get("port", ServeConfig.port)),
-        http_options={key: value for key, value in http.items() if key not in ("host", "port")},
+        http_options={key: value for key, value in http.items() if key not in _OWN_HTTP_KEYS},
+        tls_cert=_file(http, "ssl_certfile"),
+        tls_key=_file(http, "ssl_keyfile"),
         proxy_location=top.get("proxy_location", ServeConfig.proxy_location),
         app_name=app.get("name", ServeConfig.app_name),
         route_prefix=app.get("route_prefix", ServeConfig.route_prefix),
@@ -86,6 +92,13 @@ def _section(value: Any, name: str, keys: Iterable[str]) -> Mapping[str, Any]:
 def _port(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 65536:
         raise ConfigError(f"http_options.port: must be a port number from 1 to 65535, not {value!r}.")
+    return value
+
+
+def _file(http: Mapping[str, Any], key: str) -> str | None:
+    value = http.get(key)
+    if value is not None and not isinstance(value, str):
+        raise ConfigError(f"http_options.{key}: must be the path of a PEM file, not {value!r}.")
     return value
 
 

@@ -2,6 +2,7 @@
 
 import http.client
 import re
+import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -112,7 +113,12 @@ class Startup:
         if self._config.proxy_location == "Disabled":
             return True
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self._config.host, self._config.host)
-        connection = http.client.HTTPConnection(host, self._config.port, timeout=_STATUS_TIMEOUT_S)
+        port, limit_s = self._config.port, _STATUS_TIMEOUT_S
+        connection = http.client.HTTPConnection(host, port, timeout=limit_s)
+        if self._config.tls_cert is not None:
+            # It is our own certificate, and its name need not be this address.
+            context = ssl._create_unverified_context()
+            connection = http.client.HTTPSConnection(host, port, timeout=limit_s, context=context)
         try:
             connection.request("GET", self._config.route_prefix.rstrip("/") + "/health")
             return connection.getresponse().status == 200

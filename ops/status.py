@@ -18,19 +18,19 @@ has a layout, it says what runs elsewhere than planned.
   switchyard status --json | jq '.shards[].replicas[].state'
 
 --json prints {"model", "epoch", "router": {"pid", "node"}, "missing_shards": [..],
-  "shards": [{"id", "layers": [first, end], "num_experts", "wanted",
+  "shards": [{"id", "layers": [first, end], "experts": [..], "num_experts", "wanted",
               "replicas": [{"id", "pid", "node", "state", "role", "load": {..}, "memory_bytes", "device", "age_s",
                             "node_name"}], "most": replicas that the layout has room for, or null}],
   "layout": the layout of the configuration, or null,
   "spares": [{"id", "pid", "node", "state", "shard"}],
-  "engines": [{"id", "pid", "node", "state", "age_s", "node_name"}],
+  "engines": [{"id", "pid", "node", "state", "load", "age_s", "node_name"}],
   "events": [{"time_s", "kind", "subject", "text"}], "progress": {source: text}}
 Exit status 1 when a shard has no worker or no engine is ready.
 """
 
 _LAST_EVENTS = 5
-_RED, _GREEN, _YELLOW, _PLAIN = "\033[31m", "\033[32m", "\033[33m", "\033[0m"
-_COLOURS = {"online": _GREEN, "ready": _GREEN, "serving": _YELLOW, "draining": _YELLOW, "gone": _RED, "stalled": _RED}
+_RED, _GREEN, _YELLOW, PLAIN = "\033[31m", "\033[32m", "\033[33m", "\033[0m"
+COLOURS = {"online": _GREEN, "ready": _GREEN, "serving": _YELLOW, "draining": _YELLOW, "gone": _RED, "stalled": _RED}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +53,7 @@ def render(status: dict[str, Any], colours: bool = False) -> list[str]:
 
     def paint(state: str, width: int) -> str:
         text = f"{state:<{width}}"
-        return f"{_COLOURS[state]}{text}{_PLAIN}" if colours and state in _COLOURS else text
+        return f"{COLOURS[state]}{text}{PLAIN}" if colours and state in COLOURS else text
 
     lines = [f"{status['model']}, epoch {status['epoch']}"]
     for shard in status["missing_shards"]:
@@ -70,7 +70,7 @@ def render(status: dict[str, Any], colours: bool = False) -> list[str]:
         lines.append(f"{'':<22}{spare['id']:<22}{paint(spare['state'], 10)}{'spare':<9}{spare['pid']:>7}  {where}")
     lines += ["", f"{'engine':<22}{'state':<10}{'pid':>7}  {'age':>7}"]
     for engine in status["engines"]:
-        lines.append(f"{engine['id']:<22}{paint(engine['state'], 10)}{engine['pid']:>7}  {_age(engine['age_s']):>7}")
+        lines.append(f"{engine['id']:<22}{paint(engine['state'], 10)}{engine['pid']:>7}  {age(engine['age_s']):>7}")
     if not status["engines"]:
         lines.append("none")
     if status["layout"] is not None:
@@ -92,11 +92,12 @@ def _shard_lines(shard: dict[str, Any], paint: Any) -> Iterator[str]:
         yield (
             f"{head + note:<22}{replica['id']:<22}{paint(replica['state'], 10)}{replica['role']:<9}{replica['pid']:>7}"
             f"  {'' if rate is None else format(rate, '.1f'):>8}  {replica['memory_bytes'] / 2**20:>5.0f} MiB  "
-            f"{_age(replica['age_s']):>7}  {' '.join(filter(None, (replica['node_name'], replica['device'])))}"
+            f"{age(replica['age_s']):>7}  {' '.join(filter(None, (replica['node_name'], replica['device'])))}"
         )
         head = note = ""
 
 
-def _age(seconds: float) -> str:
+def age(seconds: float) -> str:
+    """For example "65 s", "12 min", "5 h"."""
     minutes, hours = seconds / 60, seconds / 3600
     return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if hours < 2 else f"{hours:.0f} h"

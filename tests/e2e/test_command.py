@@ -1,23 +1,27 @@
 """The `switchyard` command as people use it: what it says, how it ends, what it leaves behind."""
 
 import contextlib
+import http.client
 import json
 import os
 import re
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from cluster.errors import LicenceNotAccepted
+from cluster.tls import make_certificate
 from deployments.app import build_app
 from ops.ports import check_port, free_ports
 from tests.golden import GOLDENS
@@ -124,13 +128,17 @@ def shared_memory_of(processes: list[psutil.Process]) -> set[str]:
     return {name for name in found if Path(name).exists()}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_serve_says_what_it_does_answers_and_leaves_nothing_behind(tmp_path, number):
+@pytest.mark.parametrize(("number", "is_secured"), [(signal.SIGINT, False), (signal.SIGTERM, True)])
+def test_serve_says_what_it_does_answers_and_leaves_nothing_behind(tmp_path, number, is_secured):
     (port,) = free_ports(1)
+    guard = Guard(tmp_path, port) if is_secured else None
     log = tmp_path / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [*COMMAND, "serve", "--model", str(MODEL), "--dtype", "float32", "--port", str(port)],
+            [
+                *(*COMMAND, "serve", "--model", str(MODEL), "--dtype", "float32", "--port", str(port)),
+                *(guard.options if guard else ()),
+            ],
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=tmp_path,
@@ -138,7 +146,10 @@ def test_serve_says_what_it_does_answers_and_leaves_nothing_behind(tmp_path, num
         )
     try:
         wait_for("ready:", log, process)
-        ask(port)
+        if guard:
+            guard.check()
+        else:
+            ask(port)
         children = descendants(process.pid)
         shared_memory = shared_memory_of(children)
         folders = set(Path("/tmp").glob("switchyard-*/owner"))
@@ -151,7 +162,7 @@ def test_serve_says_what_it_does_answers_and_leaves_nothing_behind(tmp_path, num
     finally:
         process.kill()
     text = log.read_text()
-    assert "workers: 2 of 2 ready" in text and "curl http://127.0.0.1" in text and "stopped; logs are kept in" in text
+    assert "workers: 2 of 2 ready" in text and "/v1/completions -H" in text and "stopped; logs are kept in" in text
     assert "Traceback" not in text
     assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
     assert not [folder for folder in mine if folder.exists()]
@@ -159,6 +170,56 @@ def test_serve_says_what_it_does_answers_and_leaves_nothing_behind(tmp_path, num
     check_port("127.0.0.1", port)
     kept = Path(re.search(r"logs are kept in (\S+)", text)[1])
     assert list(kept.glob("serve/replica_*")), "the logs are gone"
+    if guard:
+        said = b"".join(path.read_bytes() for path in kept.rglob("*") if path.is_file()) + text.encode()
+        assert not [key for key in guard.keys if key[16:].encode() in said], "a key is in the logs"
+
+
+class Guard:
+    """API keys and HTTPS of one server: made before it starts, checked while it runs."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        self._file, self._pem, self._port = folder / "keys.json", folder / "http.pem", port
+        self._pem.write_bytes(make_certificate())
+        self.keys = [self._make("alice"), self._make("bob", "--requests-per-minute", "2")]
+        self.options = ["--api-keys", str(self._file), "--tls-cert", str(self._pem), "--tls-key", str(self._pem)]
+
+    def _make(self, *words: str) -> str:
+        return str(json.loads(run("keys", "add", *words, "--file", self._file, "--json").stdout)["key"])
+
+    def _status(self, key: str | None, path: str = "/v1/models", body: bytes | None = None) -> tuple[int, Any, Any]:
+        context = ssl.create_default_context(cafile=str(self._pem))
+        context.check_hostname = False  # the certificate names no address
+        connection = http.client.HTTPSConnection("127.0.0.1", self._port, context=context, timeout=60)
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        with contextlib.closing(connection):
+            connection.request("POST" if body else "GET", path, body, headers)
+            response = connection.getresponse()
+            return response.status, response.headers, json.loads(response.read() or b"null")
+
+    def check(self) -> None:
+        alice, bob = self.keys
+        body = json.dumps({"model": MODEL.name, "prompt": [1, 2, 3], "max_tokens": 4}).encode()
+        assert self._status(alice, "/v1/completions", body)[2]["usage"]["completion_tokens"] == 4
+        assert self._status(None, "/health")[0] == 200
+        strangers = [
+            self._status(key, path, body)[::2]
+            for key in (None, "x", alice[:-1])
+            for path in ("/v1/x", "/v1/completions")
+        ]
+        assert strangers[0][0] == 401 and strangers[0][1]["error"]["code"] == 401
+        assert all(each == strangers[0] for each in strangers)
+        answers = [self._status(bob) for _ in range(3)]
+        assert [status for status, _, _ in answers] == [200, 200, 429]
+        assert 0 < int(answers[-1][1]["Retry-After"]) <= 30 and answers[-1][2]["error"]["code"] == 429
+        rotated = run("rotate-secret", "--port", self._port)
+        assert rotated.returncode == 0 and "worthless everywhere" in rotated.stdout, rotated.stderr
+        assert self._status(alice, "/v1/completions", body)[0] == 200
+        assert run("keys", "revoke", "alice", "--file", self._file).returncode == 0
+        deadline_s = time.monotonic() + 5
+        while self._status(alice)[0] != 401:
+            assert time.monotonic() < deadline_s, "a revoked key still gets in"
+            time.sleep(0.1)
 
 
 def wait_for(words: str, log: Path, process: subprocess.Popen[bytes]) -> None:

@@ -51,18 +51,16 @@ def post(server: Serving, path: str, body: Any, raw: bytes | None = None) -> tup
         connection.close()
 
 
-def metric(server: Serving, name: str) -> dict[int, float]:
-    """A vLLM metric of every engine, by the engine's own port: haproxy would ask whichever is less busy."""
-    found = {}
-    for port in server.ask("engine_ports"):
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-        connection.request("GET", "/metrics")
-        text = connection.getresponse().read().decode()
-        connection.close()
-        values = re.findall(rf"^{re.escape(name)}(?:{{[^}}]*}})? (\S+)", text, re.M)
-        assert values, f"{name} is not in /metrics"
-        found[port] = sum(map(float, values))
-    assert len(found) == ARGS["engines"]
+def metric(server: Serving, name: str) -> dict[str, float]:
+    """A vLLM metric of every engine, by the engine's id."""
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.request("GET", "/metrics")
+    text = connection.getresponse().read().decode()
+    connection.close()
+    found: dict[str, float] = {}
+    for engine, value in re.findall(rf'^{re.escape(name)}{{.*?engine="([^"]+)"[^}}]*}} (\S+)', text, re.M):
+        found[engine] = found.get(engine, 0.0) + float(value)
+    assert len(found) == ARGS["engines"], f"{name} is in /metrics for {sorted(found)}"
     return found
 
 

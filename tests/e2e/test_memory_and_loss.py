@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import threading
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -15,7 +14,7 @@ import pytest
 
 from ops.bench.make_model import ModelShape, make_model
 from tests import golden
-from tests.serving import Serving
+from tests.serving import Serving, wait_until
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -165,9 +164,3 @@ def calls(serving: Serving) -> int:
     """Layer calls that the engine has made so far."""
     with urllib.request.urlopen(f"{serving.url}/switchyard/stats", timeout=60) as response:
         return int(json.load(response)["calls"])
-
-
-def wait_until(condition, what: str, limit_s: float = 60.0) -> None:
-    end_s = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < end_s, f"waited {limit_s} s for: {what}"

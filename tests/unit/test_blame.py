@@ -71,3 +71,6 @@ def test_expected_latency_follows_what_was_seen_by_size():
     assert latency.expected_ns(2048) == 5000 << 7
     latency.note(300, 7)
     assert Latency().expected_ns(300) == 0
+    latency = Latency()
+    latency.note(64, 900)
+    assert latency.expected_ns(1) == 900, "nothing smaller was seen"

@@ -9,11 +9,13 @@ import yaml
 
 from cluster.config import parse_settings, setting_names
 from cluster.errors import ConfigError
+from cluster.tls import make_certificate
 from ops.checks import check_compiler, check_memory
 from ops.cli import main
-from ops.haproxy import unavailable_page, write_launcher
+from ops.exposure import checked_pem, with_checked_exposure
+from ops.haproxy import Entry, unavailable_page, write_launcher
 from ops.ports import check_port, free_block, free_ports
-from ops.serve_config import parse_serve_config, read_serve_config
+from ops.serve_config import ServeConfig, parse_serve_config, read_serve_config
 from ops.startup import count_stages, failure_message, last_words
 from tests.serving import ROOT
 
@@ -114,7 +116,7 @@ def test_the_haproxy_launcher_corrects_the_config_file(tmp_path, monkeypatch):
         "    http-reuse always\n    option splice-request\n"
         "    bind :9101\n    bind *:8000\n  bind *:8404\n    errorfile 503 /x/500.http\n"
     )
-    launcher = write_launcher(tmp_path, (9101, 8404))
+    launcher = write_launcher(tmp_path, Entry("127.0.0.1", 8000), (9101, 8404))
     assert subprocess.run([launcher, "-db", "-f", config], check=True).returncode == 0
     page = tmp_path / "unavailable.http"
     assert config.read_text() == (
@@ -122,6 +124,63 @@ def test_the_haproxy_launcher_corrects_the_config_file(tmp_path, monkeypatch):
         "if { status 500 } { res.hdr(content-type) -m beg text/plain }\n"
         f"    bind 127.0.0.1:9101\n    bind *:8000\n  bind 127.0.0.1:8404\n    errorfile 503 {page}\n"
     )
+
+
+def test_with_a_certificate_the_http_port_alone_speaks_tls(tmp_path, monkeypatch):
+    import subprocess
+
+    monkeypatch.setattr("ops.haproxy.get_haproxy_binary", lambda: "/bin/true")
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(
+        "frontend prometheus\n    bind :9101\nfrontend http_frontend\n    bind 127.0.0.1:8000\n    bind x\n"
+        "listen stats\n  bind *:8404\n"
+    )
+    launcher = write_launcher(tmp_path, Entry("192.0.2.7", 8443, b"certificate and key"), (9101, 8404))
+    for _ in range(2):  # Serve may start it again with the same file
+        assert subprocess.run([launcher, "-db", "-f", config], check=True).returncode == 0
+    pem = tmp_path / "http.pem"
+    assert config.read_text() == (
+        "frontend prometheus\n    bind 127.0.0.1:9101\nfrontend http_frontend\n"
+        f"    bind 192.0.2.7:8443 ssl crt {pem} alpn http/1.1 ssl-min-ver TLSv1.2\n    bind x\n"
+        "listen stats\n  bind 127.0.0.1:8404\n"
+    )
+    assert pem.read_bytes() == b"certificate and key" and pem.stat().st_mode & 0o777 == 0o600
+
+
+def test_other_machines_get_in_with_a_key_or_when_that_was_said(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    here, there = ServeConfig(), ServeConfig(host="0.0.0.0")
+    assert with_checked_exposure(here) == here
+    with pytest.raises(ConfigError, match=r"on 0\.0\.0\.0 other machines .* --allow-anonymous"):
+        with_checked_exposure(there)
+    anonymous = ServeConfig(host="0.0.0.0", args={"model": "demo", "allow_anonymous": True})
+    assert with_checked_exposure(anonymous) == anonymous
+    assert main(["keys", "add", "alice"]) == 0
+    keys = str(tmp_path / "switchyard" / "keys.json")
+    assert with_checked_exposure(there).args["api_keys"] == keys
+    assert with_checked_exposure(here) == here  # on loopback only where it is asked for
+    asked = ServeConfig(args={"model": "demo", "api_keys": keys})
+    assert with_checked_exposure(asked) == asked
+    assert main(["keys", "revoke", "alice"]) == 0
+    for config in (there, asked):
+        with pytest.raises(ConfigError, match="no valid API key"):
+            with_checked_exposure(config)
+
+
+def test_a_certificate_that_does_not_fit_its_key_is_refused(tmp_path):
+    certificate, other = make_certificate(), make_certificate()
+    key = other[other.index(b"-----BEGIN PRIVATE KEY") :]
+    (tmp_path / "cert").write_bytes(certificate)
+    (tmp_path / "key").write_bytes(key)
+    config = ServeConfig(tls_cert=str(tmp_path / "cert"), tls_key=str(tmp_path / "key"))
+    with pytest.raises(ConfigError, match="belong together"):
+        checked_pem(config)
+    (tmp_path / "cert").write_bytes(other)
+    assert checked_pem(config).count(b"-----BEGIN") == 3
+    assert checked_pem(ServeConfig()) is None
+    for half in (ServeConfig(tls_cert="c"), ServeConfig(tls_key="k")):
+        with pytest.raises(ConfigError, match="--tls-cert and --tls-key"):
+            checked_pem(half)
 
 
 def test_the_page_for_no_engine_is_a_complete_response():

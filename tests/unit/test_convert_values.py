@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from cluster.errors import CheckpointError
 from model.expert_weights import dense_weights, hosted_weights, read_header
 from model.grok_checkpoint import convert_ckpt0, read_tensor
-from model.int8_experts import METADATA_KEY, dequantise, loaded_bytes_per_stored, product_dtype
+from model.integer_experts import can_compute, loaded_bytes_per_stored
 from model.moe_spec import inspect_checkpoint
+from model.quantised import METADATA_KEY, unpack
 from model.tensor_sets import each_once
 from tests import ckpt0, golden
 
@@ -79,10 +80,12 @@ def test_int8_keeps_the_released_numbers(tmp_path: Path) -> None:
     scales = np.frombuffer(files[3].scales_data or b"", "<i2").reshape(files[3].scales_shape)
     for expert in range(ckpt0.EXPERTS):
         name = f"model.layers.0.block_sparse_moe.experts.{expert}.w2.weight"
-        np.testing.assert_array_equal(stored[name].numpy(), weight[expert].T)
+        np.testing.assert_array_equal(unpack(stored[f"{name}_packed"], 8).numpy(), weight[expert].T)
         np.testing.assert_array_equal(stored[f"{name}_scale"].view(torch.int16).numpy(), scales[expert].T)
+        assert stored[f"{name}_shape"].tolist() == [ckpt0.HIDDEN, ckpt0.FFN]
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config[METADATA_KEY] == {"experts": "int8", "scales": "bfloat16", "product": "bfloat16"}
+    assert "quantization_config" not in config  # four inputs to a scale are nothing that vLLM computes
 
 
 def test_the_modes_agree_on_the_golden_model(tmp_path: Path) -> None:
@@ -106,7 +109,7 @@ def test_an_experts_bytes_are_one_run(tmp_path: Path, experts: str) -> None:
     assert all(header[one]["data_offsets"][1] == header[two]["data_offsets"][0] for one, two in pairwise(order))
     numbers = [int(name.split(".experts.")[1].split(".")[0]) for name in order]
     assert numbers == sorted(numbers)
-    kinds = [name.split(".")[-2] for name in order if name.endswith(".weight")]
+    kinds = [name.split(".")[-2] for name in order if name.endswith((".weight", ".weight_packed"))]
     assert kinds == ["w1", "w3", "w2"] * 8
     read = [name for name, _ in hosted_weights([tmp_path / "model-experts-layer-00002.safetensors"], (2, 3), 8)]
     assert [name.split(".experts.")[1] for name in read] == [
@@ -140,22 +143,13 @@ def test_a_config_that_contradicts_the_files_is_refused(tmp_path: Path) -> None:
             convert_ckpt0(CKPT, tmp_path / "out", config=M2 | wrong)
 
 
-def test_dequantise() -> None:
-    weight_OI = torch.tensor([[1, 2, 3, 4], [-127, 0, 127, -1]], dtype=torch.int8)
-    scales_OG = torch.tensor([[0.5, 2.0], [1.0, 0.25]], dtype=torch.bfloat16)
-    expected = torch.tensor([[0.5, 1.0, 6.0, 8.0], [-127.0, 0.0, 31.75, -0.25]])
-    assert torch.equal(dequantise(weight_OI, scales_OG, torch.float32), expected)
-    with pytest.raises(ValueError, match="do not fit"):
-        dequantise(weight_OI, scales_OG[:1], torch.float32)
-    with pytest.raises(ValueError, match="do not fit"):
-        dequantise(weight_OI[:, :3], scales_OG, torch.float32)
-
-
 def test_what_a_file_takes_in_memory(tmp_path: Path) -> None:
     convert_ckpt0(CKPT, tmp_path / "int8", config=M2, experts="int8")
     convert_ckpt0(CKPT, tmp_path / "exact", config=M2, experts="int8", exact=True)
-    assert loaded_bytes_per_stored(tmp_path / "int8/model-experts-layer-00000.safetensors") == 2
-    assert loaded_bytes_per_stored(tmp_path / "exact/model-experts-layer-00000.safetensors") == 4
+    has_kernel = can_compute("gelu", torch.float32)
+    for mode, plain in (("int8", 2), ("exact", 4)):
+        path = tmp_path / mode / "model-experts-layer-00000.safetensors"
+        assert loaded_bytes_per_stored(path) == (1 if has_kernel else plain)
     assert loaded_bytes_per_stored(tmp_path / "int8/model-dense-layer-00000.safetensors") == 1
 
 
@@ -171,14 +165,7 @@ def test_tokenizer_and_licence_come_along(tmp_path: Path) -> None:
     assert not (tmp_path / "out/LICENSE").exists()
 
 
-def test_an_unknown_scheme_is_refused() -> None:
-    assert product_dtype(None, "file") is None
-    assert product_dtype({"format": "pt"}, "file") is None
-    with pytest.raises(CheckpointError, match="file is quantised as 'int3'"):
-        product_dtype({METADATA_KEY: "int3"}, "file")
-
-
-def test_a_loader_that_knows_no_int8_is_stopped(tmp_path: Path) -> None:
+def test_a_loader_that_knows_no_packing_is_stopped(tmp_path: Path) -> None:
     convert_ckpt0(CKPT, tmp_path, config=M2, experts="int8")
     stored = load_file(tmp_path / "model-experts-layer-00000.safetensors")
     with pytest.raises(CheckpointError, match="load_format=switchyard-whole"):

@@ -55,7 +55,10 @@ def make_status(**changes: object) -> dict:
         ],
         "spares": [{"id": "spare-dd", "pid": 43, "node": "n", "state": "ready", "shard": None}],
         "engines": [
-            {"id": "engine-ee", "pid": 44, "node": "n", "state": "ready", "age_s": 7300.0, "node_name": "here"}
+            {
+                "id": "engine-ee", "pid": 44, "node": "n", "state": "ready", "load": {}, "age_s": 7300.0,
+                "node_name": "here",
+            }
         ],
         "events": [
             {"time_s": 1000.0 + i, "kind": "worker_online", "subject": f"w{i}", "text": f"shard {i}"} for i in range(8)
@@ -89,6 +92,12 @@ class FakeControl:
     def status(self) -> dict:
         return self.answer
 
+    def nodes(self) -> list[dict]:
+        return []
+
+    def expert_load(self) -> list[list[int]]:
+        return [[1, 2], [3, 4]]
+
     def drain(self, worker, *, replace, say) -> None:
         self._act(("drain", worker, replace), say)
 
@@ -109,7 +118,8 @@ def control() -> FakeControl:
 
 @pytest.fixture
 def api(control: FakeControl, tmp_path: Path) -> Iterator[ApiServer]:
-    server = ApiServer(control, TOKEN, "127.0.0.1", 0, tmp_path / "audit.log")
+    about = {"model": "demo", "http": "http://127.0.0.1:9"}
+    server = ApiServer(control, TOKEN, "127.0.0.1", 0, tmp_path / "audit.log", about)
     yield server
     server.close()
 
@@ -166,7 +176,7 @@ def test_actions_tell_how_they_go_and_are_audited(api, control, tmp_path):
     assert last == {"error": "ValueError: oh", "status": 500}
     audit = (tmp_path / "audit.log").read_text().splitlines()
     assert len(audit) == 5
-    assert audit[0].endswith('/api/drain {"worker": "experts-0-aa", "replace": true}: done')
+    assert audit[0].endswith('with the token: drain {"worker": "experts-0-aa", "replace": true}: done')
     assert audit[3].endswith("no such worker") and TOKEN not in "".join(audit)
 
 

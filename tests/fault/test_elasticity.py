@@ -9,13 +9,13 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
 
 from tests import golden
-from tests.serving import REPLICATED, Serving
+from tests.serving import REPLICATED, Serving, wait_until
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -44,7 +44,7 @@ def ask(serving: Serving, num_tokens: int = NUM_TOKENS) -> Answer:
                 assert "error" not in event, event
                 pieces.append(event["choices"][0]["text"])
     assert line.strip() in (b"data: [DONE]", b"") and len(pieces) == num_tokens
-    return Answer(tuple(pieces), max(b - a for a, b in zip(times_s, times_s[1:], strict=False)))
+    return Answer(tuple(pieces), max(b - a for a, b in pairwise(times_s)))
 
 
 def completion(serving: Serving, num_tokens: int, stream: bool = True) -> urllib.request.Request:
@@ -85,43 +85,6 @@ def status(serving: Serving) -> dict:
 def replicas(serving: Serving, shard: int, role: str = "primary") -> list[dict]:
     found = status(serving)["shards"][shard]["replicas"]
     return [each for each in found if each["state"] == "online" and each["role"] == role]
-
-
-def wait_until(condition: Callable[[], bool], what: str, limit_s: float = 120.0) -> None:
-    deadline_s = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline_s, f"not in time: {what}"
-        time.sleep(0.2)
-
-
-def test_a_warm_spare_adopts_a_lost_shard_in_the_middle_of_an_answer(serving):
-    serving.deploy({**REPLICATED, "replicas": 1, "spares": 1})
-    wait_until(lambda: [s["state"] for s in status(serving)["spares"]] == ["ready"], "the spare is warm")
-    undisturbed = ask(serving)
-    answers: list[Answer] = []
-    asking = threading.Thread(target=lambda: answers.append(ask(serving)))
-    epoch = status(serving)["epoch"]
-    (victim,) = replicas(serving, 0)
-    asking.start()
-    os.kill(victim["pid"], signal.SIGKILL)
-    asking.join()
-    assert answers[0].pieces == undisturbed.pieces
-    assert answers[0].longest_gap_s < SPARE_TAKES_S
-    assert status(serving)["epoch"] > epoch
-    # The worker comes back, and the spare becomes one again.
-    wait_until(lambda: len(replicas(serving, 0)) == 1, "Serve has started another worker")
-    wait_until(lambda: [s["state"] for s in status(serving)["spares"]] == ["ready"], "the spare is free again")
-    assert replicas(serving, 0, role="spare") == []
-    assert ask(serving).pieces == undisturbed.pieces
-    kinds = [event["kind"] for event in status(serving)["events"]]
-    story = ["worker_lost", "shard_missing", "spare_adopting", "shard_back", "spare_released"]
-    assert [kind for kind in kinds if kind in story] == story
-
-
-@pytest.fixture(scope="module")
-def replicated(serving: Serving) -> Iterator[Serving]:
-    serving.deploy(REPLICATED)
-    yield serving
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +145,30 @@ def test_a_dead_engine_ends_its_requests_with_an_error_and_is_replaced(replicate
     assert ask(replicated).pieces == undisturbed.pieces
     (successor,) = status(replicated)["engines"]
     assert successor["id"] != engine["id"] and successor["state"] == "ready"
+
+
+def test_a_warm_spare_adopts_a_lost_shard_in_the_middle_of_an_answer(serving):
+    serving.deploy({**REPLICATED, "replicas": 1, "spares": 1})
+    wait_until(lambda: [s["state"] for s in status(serving)["spares"]] == ["ready"], "the spare is warm")
+    undisturbed = ask(serving)
+    answers: list[Answer] = []
+    asking = threading.Thread(target=lambda: answers.append(ask(serving)))
+    epoch = status(serving)["epoch"]
+    (victim,) = replicas(serving, 0)
+    asking.start()
+    os.kill(victim["pid"], signal.SIGKILL)
+    asking.join()
+    assert answers[0].pieces == undisturbed.pieces
+    assert answers[0].longest_gap_s < SPARE_TAKES_S
+    assert status(serving)["epoch"] > epoch
+    # The worker comes back, and the spare becomes one again.
+    wait_until(lambda: len(replicas(serving, 0)) == 1, "Serve has started another worker")
+    wait_until(lambda: [s["state"] for s in status(serving)["spares"]] == ["ready"], "the spare is free again")
+    assert replicas(serving, 0, role="spare") == []
+    assert ask(serving).pieces == undisturbed.pieces
+    kinds = [event["kind"] for event in status(serving)["events"]]
+    story = ["worker_lost", "shard_missing", "spare_adopting", "shard_back", "spare_released"]
+    assert [kind for kind in kinds if kind in story] == story
 
 
 def _answers(serving: Serving) -> bool:

@@ -1,0 +1,161 @@
+"""`switchyard bench observe`: what observing costs, as throughput with everything on divided by throughput with it off.
+
+Two clusters of the same model run side by side, one with metrics and one without (`metrics: false`), and take turns of
+a few seconds each, in an order that alternates. During its turns the first is scraped as often as `switchyard observe`
+does. Ratios are taken within a pair of turns, so that load from outside moves both.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import statistics
+import tempfile
+import threading
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from cluster.config import parse_settings
+from cluster.errors import ConfigError
+from ops.bench import sides
+from ops.bench.compare import WARM_UP_TOKENS, say
+from ops.bench.load import Workload, run_level
+from ops.bench.servers import Server
+
+SIDES = ("on", "off")
+SCRAPE_EVERY_S = 5.0
+_START_LIMIT_S = 600.0
+_SCRAPE_LIMIT_S = 10.0
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One side's turn: tokens per second, and CPU milliseconds that its processes took for a token."""
+
+    throughput: float
+    cpu_ms_per_token: float
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `switchyard bench observe`."""
+    parser.add_argument("--model", default="demo", metavar="DIR", help="checkpoint (default: the demo model)")
+    parser.add_argument("--pairs", type=int, default=10, metavar="N", help="turns of each side (default 10)")
+    parser.add_argument("--streams", type=int, default=8, metavar="N", help="requests at the same time (default 8)")
+    parser.add_argument("--output-tokens", type=int, default=64, metavar="N", help="tokens per answer (default 64)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure and print. Raises ConfigError for options below 1, ServerFailed, LoadError."""
+    from deployments.models import resolve_model
+
+    if min(arguments.pairs, arguments.streams) < 1 or arguments.output_tokens < 2:
+        raise ConfigError("--pairs and --streams: must be 1 or more, and --output-tokens 2 or more.")
+    model = resolve_model(arguments.model)
+    workload = Workload(sides.vocabulary_size(model), output_tokens=arguments.output_tokens)
+    with contextlib.ExitStack() as stack:
+        logs = Path(tempfile.mkdtemp(prefix="switchyard-bench-"))
+        servers = {side: stack.enter_context(_started(side, str(model), arguments.streams, logs)) for side in SIDES}
+        for server in servers.values():
+            warm_up = replace(workload, output_tokens=WARM_UP_TOKENS)
+            run_level(server.base_url, server.model, warm_up, arguments.streams, arguments.streams)
+        pairs = [_pair(number, servers, workload, arguments.streams) for number in range(arguments.pairs)]
+    result = summary(pairs)
+    print(json.dumps(result) if arguments.json else "\n".join(table(result)))
+    return 0
+
+
+@contextlib.contextmanager
+def _started(side: str, model: str, streams: int, logs: Path) -> Iterator[Server]:
+    from ops.ports import free_ports
+
+    args = sides.bench_args(model, num_workers=1, dtype="auto", streams=streams, tokens=128)
+    settings = parse_settings({**args, "metrics": side == "on"})
+    config = logs / f"{side}.yaml"
+    sides.write_config(config, settings)
+    (port,) = free_ports(1)
+    environment, url, log = (
+        sides.switchyard_environment(os.environ),
+        f"http://{sides.HOST}:{port}",
+        logs / f"{side}.log",
+    )
+    say(f"{side}: starting (log: {log})")
+    command = sides.switchyard_command(config, port)
+    with Server(side, command, environment, url, settings.name, log, signal.SIGINT) as server:
+        server.wait_ready(_START_LIMIT_S, lambda elapsed_s: say(f"{side}: still starting, {elapsed_s:.0f} s"))
+        yield server
+
+
+def _pair(number: int, servers: Mapping[str, Server], workload: Workload, streams: int) -> dict[str, Turn]:
+    order = SIDES if number % 2 == 0 else SIDES[::-1]
+    turns = {side: _turn(servers[side], replace(workload, seed=number), streams, side == "on") for side in order}
+    on, off = turns["on"], turns["off"]
+    ratio = on.throughput / off.throughput
+    say(f"pair {number + 1}: on {on.throughput:.1f}, off {off.throughput:.1f} tokens/s: {ratio:.3f}")
+    return turns
+
+
+def _turn(server: Server, workload: Workload, streams: int, is_observed: bool) -> Turn:
+    with _scraped(server.base_url + "/metrics") if is_observed else contextlib.nullcontext():
+        cpu_s = server.cpu_s()
+        level = run_level(server.base_url, server.model, workload, streams, 2 * streams)
+        cpu_s = server.cpu_s() - cpu_s
+    num_tokens = sum(trace.num_tokens for trace in level.traces)
+    return Turn(num_tokens / level.duration_s, cpu_s / num_tokens * 1000)
+
+
+@contextlib.contextmanager
+def _scraped(url: str) -> Iterator[None]:
+    """Meanwhile somebody scrapes, at once and every SCRAPE_EVERY_S."""
+    done = threading.Event()
+
+    def scrape() -> None:
+        while True:
+            with urllib.request.urlopen(url, timeout=_SCRAPE_LIMIT_S) as response:
+                response.read()
+            if done.wait(SCRAPE_EVERY_S):
+                return
+
+    thread = threading.Thread(target=scrape, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(_SCRAPE_LIMIT_S)
+
+
+def summary(pairs: Sequence[Mapping[str, Turn]]) -> dict[str, Any]:
+    """Medians over the pairs, and of the ratio the quartiles too."""
+    ratios = sorted(pair["on"].throughput / pair["off"].throughput for pair in pairs)
+    cpu_ratios = [pair["off"].cpu_ms_per_token / pair["on"].cpu_ms_per_token for pair in pairs]
+    quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    return {
+        "pairs": len(pairs),
+        "ratio": statistics.median(ratios),
+        "ratio_quartiles": [quartiles[0], quartiles[2]],
+        "cpu_ratio": statistics.median(cpu_ratios),
+        **{
+            side: {
+                name: statistics.median(getattr(pair[side], name) for pair in pairs)
+                for name in ("throughput", "cpu_ms_per_token")
+            }
+            for side in SIDES
+        },
+    }
+
+
+def table(result: Mapping[str, Any]) -> list[str]:
+    """The lines that people read."""
+    low, high = result["ratio_quartiles"]
+    lines = [f"{'metrics':<8}{'tokens/s':>10}{'CPU ms/token':>14}"]
+    lines += [f"{s:<8}{result[s]['throughput']:>10.1f}{result[s]['cpu_ms_per_token']:>14.2f}" for s in SIDES]
+    return [
+        *lines,
+        f"throughput, on / off: {result['ratio']:.3f} (quartiles {low:.3f} to {high:.3f}, {result['pairs']} pairs)",
+        f"CPU time per token, off / on: {result['cpu_ratio']:.3f}",
+    ]
