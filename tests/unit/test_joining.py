@@ -12,9 +12,9 @@ import pytest
 
 from cluster.addresses import is_loopback
 from cluster.errors import ConfigError
+from deployments.machine import node_name
 from ops.beacon import Beacon, check_fit, own_beacon
 from ops.cli import main
-from deployments.machine import node_name
 from ops.join import check_reachable, parse_head, ray_command
 from ops.node_environment import check_token, make_token
 from ops.runs import joined_here, joined_nodes
