@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from cluster.engine_options import Wishes, has_gpus, some_counts
 from cluster.inventory import Chip, Inventory, Node
-from cluster.planner import ClusterPlan, Wishes, has_gpus, make_plan, some_counts
+from cluster.planner import ClusterPlan, make_plan
 from cluster.roofline import CallCost, ModelFacts
 
 _MOST_CARDS = 64

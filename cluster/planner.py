@@ -14,32 +14,28 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from cluster.config import LayoutSettings, ShardSettings
+from cluster.engine_options import (
+    RANKS,
+    USABLE_SHARE,
+    Engines,
+    Wishes,
+    chip_of,
+    engine_options,
+    has_gpus,
+    kv_bytes_of,
+    some_counts,
+)
 from cluster.inventory import Chip, Inventory, Node
 from cluster.packing import Block, Slot, pack, pack_evenly
 from cluster.roofline import CallCost, EngineLoad, ModelFacts, ShardLoad, Speed, estimate, expert_seconds
 
-# Of a device's memory; the rest is for activations, the kernels' workspace and the process (model/sizes.py).
-USABLE_SHARE = 0.9
 # Measured in resident memory: an engine is three processes that import vLLM, a worker is one; Ray itself.
 ENGINE_PROCESS_BYTES = 2 << 30
 WORKER_PROCESS_BYTES = 1 << 30
 RAY_BYTES = 1 << 30
 
-_RANKS = (1, 2, 4, 8)
 # A layout has to be so much faster to be preferred over one that needs fewer devices.
 _WORTH_IT = 1.01
-# More devices than that are not tried one by one, but doubled.
-_TRY_ALL = 16
-
-
-@dataclass(frozen=True)
-class Wishes:
-    """What the cluster shall be able to do. engines None: as many as is fastest."""
-
-    context_tokens: int
-    concurrency: int
-    host_experts: bool = False
-    engines: int | None = None
 
 
 @dataclass(frozen=True)
@@ -80,22 +76,6 @@ class Shortfall:
 
 
 @dataclass(frozen=True)
-class _Engines:
-    """One way to place the engines: on each of `nodes` so many, of so many chips each."""
-
-    nodes: tuple[Node, ...]
-    per_node: int
-    ranks: int
-    chip: Chip
-    kv_tokens: int
-    on_gpu: bool
-
-    @property
-    def count(self) -> int:
-        return len(self.nodes) * self.per_node
-
-
-@dataclass(frozen=True)
 class _Place:
     """A device that a worker could have. `index` counts the like devices of its node."""
 
@@ -110,7 +90,7 @@ def make_plan(model: ModelFacts, inventory: Inventory, wishes: Wishes, call_cost
     """The best layout that fits, or what is missing."""
     best: ClusterPlan | None = None
     most_units, least_missing = -1, 0
-    for engines in _engine_options(model, inventory, wishes):
+    for engines in engine_options(model, inventory, wishes):
         places = _places(model, inventory, wishes, engines)
         slots = [
             Slot(place.capacity_bytes // model.expert_bytes, place.chip.bandwidth_bytes_s / model.expert_bytes)
@@ -129,99 +109,10 @@ def make_plan(model: ModelFacts, inventory: Inventory, wishes: Wishes, call_cost
     return _no_engine(model, inventory, wishes) if most_units < 0 else _no_room(model, most_units, least_missing)
 
 
-# -- engines ----------------------------------------------------------------------------------------------------------
-
-
-def _engine_options(model: ModelFacts, inventory: Inventory, wishes: Wishes) -> Iterator[_Engines]:
-    """From few chips to many."""
-    on_gpu = has_gpus(inventory)
-    seen = set()
-    for ranks in _RANKS if on_gpu else (1,):
-        if model.num_heads % ranks:
-            continue
-        for nodes in _node_orders(inventory, on_gpu, ranks):
-            for per_node, num_nodes in _counts(nodes, ranks, on_gpu):
-                engines = _engines(model, wishes, nodes[:num_nodes], per_node, ranks, on_gpu)
-                key = (engines.nodes, per_node, ranks)
-                if key not in seen and _is_wanted(engines, wishes):
-                    seen.add(key)
-                    yield engines
-
-
-def has_gpus(inventory: Inventory) -> bool:
-    """Whether engines run on GPUs, and experts too unless asked otherwise."""
-    return any(node.gpu is not None for node in inventory.nodes)
-
-
-def _node_orders(inventory: Inventory, on_gpu: bool, ranks: int) -> Iterator[list[Node]]:
-    """Nodes that can have an engine: those with little memory first, which leaves the large ones to the experts; and
-    the fast ones first."""
-    able = [n for n in inventory.nodes if (n.num_gpus >= ranks if on_gpu else n.host is not None)]
-    yield sorted(able, key=lambda node: _chip(node, on_gpu).memory_bytes)
-    if len({_chip(node, on_gpu) for node in able}) > 1:
-        yield sorted(able, key=lambda node: -_chip(node, on_gpu).bandwidth_bytes_s)
-
-
-def _chip(node: Node, on_gpu: bool) -> Chip:
-    """What an engine's rank runs on: a card, or the whole host."""
-    chip = node.gpu if on_gpu else node.host
-    assert chip is not None, "nodes without are not asked"
-    if on_gpu:
-        return chip
-    count = node.num_host_workers
-    return Chip(chip.memory_bytes * count, chip.bandwidth_bytes_s * count, chip.flops * count)
-
-
-def _counts(nodes: Sequence[Node], ranks: int, on_gpu: bool) -> Iterator[tuple[int, int]]:
-    """(engines on each node, nodes)."""
-    for num_nodes in some_counts(1, len(nodes)):
-        most = min(node.num_gpus for node in nodes[:num_nodes]) // ranks if on_gpu else 1
-        for per_node in some_counts(1, most):
-            yield per_node, num_nodes
-
-
-def some_counts(low: int, high: int) -> list[int]:
-    """Every number from low to high where these are few, else low doubled again and again, and high itself."""
-    if high <= _TRY_ALL:
-        return list(range(low, high + 1))
-    found = []
-    while low < high:
-        found.append(low)
-        low *= 2
-    return [*found, high]
-
-
-def _engines(
-    model: ModelFacts, wishes: Wishes, nodes: Sequence[Node], per_node: int, ranks: int, on_gpu: bool
-) -> _Engines:
-    chips = [_chip(node, on_gpu) for node in nodes]
-    slowest = min(chips, key=lambda chip: chip.bandwidth_bytes_s)
-    if on_gpu:
-        room = min(int(chip.memory_bytes * USABLE_SHARE) for chip in chips) - math.ceil(model.dense_bytes / ranks)
-        kv_tokens = max(0, room * ranks // _kv_bytes(model, ranks))
-    else:
-        kv_tokens = math.ceil(wishes.concurrency / (len(nodes) * per_node)) * wishes.context_tokens
-    return _Engines(tuple(nodes), per_node, ranks, slowest, kv_tokens, on_gpu)
-
-
-def _kv_bytes(model: ModelFacts, ranks: int) -> int:
-    """One token in the KV caches of all ranks of an engine; ranks beyond kv_parts hold copies."""
-    return model.kv_bytes_per_token * ranks // min(ranks, model.kv_parts)
-
-
-def _is_wanted(engines: _Engines, wishes: Wishes) -> bool:
-    requests = math.ceil(wishes.concurrency / engines.count)
-    return (
-        wishes.engines in (None, engines.count)
-        and engines.count <= wishes.concurrency
-        and engines.kv_tokens >= requests * wishes.context_tokens
-    )
-
-
 # -- the experts' first copy ------------------------------------------------------------------------------------------
 
 
-def _places(model: ModelFacts, inventory: Inventory, wishes: Wishes, engines: _Engines) -> list[_Place]:
+def _places(model: ModelFacts, inventory: Inventory, wishes: Wishes, engines: Engines) -> list[_Place]:
     """Devices for the first copy, the preferred ones first: GPUs before hosts, fast before slow."""
     places = []
     for node in inventory.nodes:
@@ -234,7 +125,7 @@ def _places(model: ModelFacts, inventory: Inventory, wishes: Wishes, engines: _E
     return sorted(places, key=lambda p: (p.device != "gpu", -p.chip.bandwidth_bytes_s, -p.capacity_bytes))
 
 
-def _host_places(model: ModelFacts, node: Node, engines: _Engines) -> list[_Place]:
+def _host_places(model: ModelFacts, node: Node, engines: Engines) -> list[_Place]:
     if node.host is None:
         return []
     count = node.num_host_workers
@@ -242,7 +133,7 @@ def _host_places(model: ModelFacts, node: Node, engines: _Engines) -> list[_Plac
     return [_Place(node.name, "cpu", n, node.host, room) for n in range(count)] if room >= model.expert_bytes else []
 
 
-def host_room(model: ModelFacts, node: Node, engines: _Engines) -> int:
+def host_room(model: ModelFacts, node: Node, engines: Engines) -> int:
     """Host memory of a node that experts may have; what runs there anyway is taken off."""
     assert node.host is not None
     usable = int(node.host.memory_bytes * node.num_host_workers * USABLE_SHARE)
@@ -271,7 +162,7 @@ def _complete(
     inventory: Inventory,
     wishes: Wishes,
     call_cost: CallCost,
-    engines: _Engines,
+    engines: Engines,
     places: Sequence[_Place],
     blocks: Sequence[Block],
 ) -> ClusterPlan:
@@ -291,7 +182,7 @@ def _complete(
         network_latency_s=inventory.network_latency_s,
         call_cost=call_cost,
     )
-    kv_bytes = engines.kv_tokens * _kv_bytes(model, engines.ranks) // engines.ranks
+    kv_bytes = engines.kv_tokens * kv_bytes_of(model, engines.ranks) // engines.ranks
     devices = (*_engine_uses(model, engines, kv_bytes), *_worker_uses(model, places, blocks, holders))
     return ClusterPlan(
         model=model,
@@ -349,7 +240,7 @@ def _shard(block: Block, held: Sequence[_Place]) -> ShardSettings:
 def _with_shadows(
     model: ModelFacts,
     inventory: Inventory,
-    engines: _Engines,
+    engines: Engines,
     shards: tuple[ShardSettings, ...],
     devices: set[str],
 ) -> tuple[ShardSettings, ...]:
@@ -388,7 +279,7 @@ def _shard_load(block: Block, held: Sequence[_Place], layout: LayoutSettings) ->
 # -- memory by device -------------------------------------------------------------------------------------------------
 
 
-def _engine_uses(model: ModelFacts, engines: _Engines, kv_bytes: int) -> Iterator[DeviceUse]:
+def _engine_uses(model: ModelFacts, engines: Engines, kv_bytes: int) -> Iterator[DeviceUse]:
     used = math.ceil(model.dense_bytes / engines.ranks) + kv_bytes
     number = 0
     for node in engines.nodes:
@@ -396,7 +287,7 @@ def _engine_uses(model: ModelFacts, engines: _Engines, kv_bytes: int) -> Iterato
             for rank in range(engines.ranks):
                 holds = f"engine {number}" + (f", rank {rank} of {engines.ranks}" if engines.ranks > 1 else "")
                 device = f"gpu {each * engines.ranks + rank}" if engines.on_gpu else "host"
-                chip = _chip(node, engines.on_gpu)
+                chip = chip_of(node, engines.on_gpu)
                 extra = 0 if engines.on_gpu else ENGINE_PROCESS_BYTES
                 yield DeviceUse(node.name, device, holds, used + extra, kv_bytes, int(chip.memory_bytes * USABLE_SHARE))
             number += 1
@@ -418,7 +309,7 @@ def _worker_uses(
 
 
 def _shadow_uses(
-    model: ModelFacts, inventory: Inventory, engines: _Engines, shards: Iterable[ShardSettings]
+    model: ModelFacts, inventory: Inventory, engines: Engines, shards: Iterable[ShardSettings]
 ) -> Iterator[DeviceUse]:
     by_node: dict[str, list[int]] = {}
     shards = list(shards)
@@ -442,7 +333,7 @@ def _no_engine(model: ModelFacts, inventory: Inventory, wishes: Wishes) -> Short
     """No node has room for an engine with the KV cache that is wanted."""
     on_gpu = has_gpus(inventory)
     rooms = [
-        int(_chip(node, on_gpu).memory_bytes * USABLE_SHARE) * (_largest_ranks(node) if on_gpu else 1)
+        int(chip_of(node, on_gpu).memory_bytes * USABLE_SHARE) * (_largest_ranks(node) if on_gpu else 1)
         for node in inventory.nodes
         if (node.gpu if on_gpu else node.host) is not None
     ]
@@ -460,7 +351,7 @@ def _no_engine(model: ModelFacts, inventory: Inventory, wishes: Wishes) -> Short
 
 
 def _largest_ranks(node: Node) -> int:
-    return max(ranks for ranks in _RANKS if ranks <= max(1, node.num_gpus))
+    return max(ranks for ranks in RANKS if ranks <= max(1, node.num_gpus))
 
 
 def _no_room(model: ModelFacts, units: int, missing_bytes: int) -> Shortfall:

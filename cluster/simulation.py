@@ -14,9 +14,11 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
@@ -25,6 +27,7 @@ from cluster.roofline import CallCost, EngineLoad, ModelFacts, dense_seconds
 from cluster.simulated import Outcome, Recorder
 from cluster.workload import Workload
 
+_T = TypeVar("_T")
 _ACTIVATION_BYTES = 2
 _MANY_TOKENS = 64
 
@@ -36,7 +39,8 @@ class Costs:
     call: CallCost
     step_s: float
     """Of an engine's step beside its kernels: scheduling, sampling, HTTP."""
-    step_token_s: float
+    step_request_s: float
+    """Of that, for each request in the step."""
     message_s: float
     """Of a layer call for each worker after the first."""
     kernel_efficiency: float
@@ -47,7 +51,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class SimShard:
-    """Experts [first_expert, end_expert) of layers [first_layer, end_layer); `workers`: (node, chip) of each replica."""
+    """Experts [first_expert, end_expert) of layers [first_layer, end_layer); workers: each replica's node and chip."""
 
     first_layer: int
     end_layer: int
@@ -135,6 +139,7 @@ class _Simulation:
     def __init__(self, cluster: SimCluster, load: Workload, costs: Costs) -> None:
         self._cluster, self._load, self._costs = cluster, load, costs
         self._random = np.random.default_rng(load.seed)
+        self._draw = random.Random(load.seed).random  # many times faster than numpy's for one number
         self._engines = [_Engine(node) for node in cluster.engine_nodes]
         self._workers = [[_Worker(node, chip) for node, chip in shard.workers] for shard in cluster.shards]
         self._parked: list[list[_Call]] = [[] for _ in cluster.shards]
@@ -181,8 +186,7 @@ class _Simulation:
             self._record.fail()
             self._at(self._now_s + 1.0, self._send_again)
             return
-        first, second = self._random.integers(len(alive), size=2)
-        engine = min(alive[first], alive[second], key=lambda each: each.load)
+        engine = min(self._two_of(alive), key=lambda each: each.load)
         engine.waiting.append(_Request(self._now_s, self._load.prompt_tokens, self._load.output_tokens))
         if not engine.is_busy:
             self._begin_step(engine)
@@ -191,6 +195,11 @@ class _Simulation:
         """A stream whose request has ended asks anew; open arrivals come by themselves."""
         if self._load.streams:
             self._send()
+
+    def _two_of(self, things: Sequence[_T]) -> tuple[_T, _T]:
+        """Drawn at random; they may be the same."""
+        draw = self._draw
+        return things[int(draw() * len(things))], things[int(draw() * len(things))]
 
     # -- an engine's step ---------------------------------------------------------------------------------------------
 
@@ -205,7 +214,7 @@ class _Simulation:
             return
         cached = sum(request.cached for request in engine.running)
         kernels_s = dense_seconds(cluster.model, cluster.engine, engine.tokens, cached) / costs.kernel_efficiency
-        beside_s = costs.step_s + costs.step_token_s * engine.tokens
+        beside_s = costs.step_s + costs.step_request_s * len(engine.chunks)
         engine.layer, engine.layer_s = 0, kernels_s / cluster.model.num_moe_layers
         self._at(self._now_s + beside_s + engine.layer_s, self._guarded(engine, self._call_layer))
 
@@ -221,15 +230,15 @@ class _Simulation:
 
     def _call_layer(self, engine: _Engine) -> None:
         """Attention of this layer is done: send its tokens to the workers."""
-        model, costs = self._cluster.model, self._costs
+        costs = self._costs
         counts_E = self._choices(engine.tokens, engine.layer)
         calls = []
         for shard in self._by_layer[engine.layer]:
             held = self._cluster.shards[shard]
             here_E = counts_E[held.first_expert : held.end_expert]
-            pairs = int(here_E.sum())
+            pairs = sum(here_E)
             if pairs:
-                distinct = int(np.count_nonzero(here_E))
+                distinct = len(here_E) - here_E.count(0)
                 tokens = min(engine.tokens, pairs)
                 calls.append(_Call(engine, shard, engine.layer, pairs, distinct, tokens, engine.generation))
         engine.pending, engine.reply_s = len(calls), self._now_s
@@ -237,15 +246,15 @@ class _Simulation:
         for call in calls:
             self._ask(call, self._now_s + cost_s)
 
-    def _choices(self, tokens: int, layer: int) -> np.ndarray:
+    def _choices(self, tokens: int, layer: int) -> list[int]:
         """How many of so many tokens choose each expert: top_k different ones each, or about so where they are many."""
         popularity_E, top_k = self._popularity[layer], self._cluster.model.top_k
         if tokens > _MANY_TOKENS:
-            return self._random.multinomial(tokens * top_k, popularity_E)
+            return list(self._random.multinomial(tokens * top_k, popularity_E).tolist())
         # The largest of log p plus Gumbel noise are a draw without replacement (Vieira 2014, "Gumbel-max trick").
         keys_TE = np.log(popularity_E) + self._random.gumbel(size=(tokens, len(popularity_E)))
-        chosen_TK = np.argpartition(-keys_TE, top_k - 1, axis=1)[:, :top_k]
-        return np.bincount(chosen_TK.ravel(), minlength=len(popularity_E))
+        chosen_TK = np.argpartition(keys_TE, -top_k, axis=1)[:, -top_k:]
+        return list(np.bincount(chosen_TK.ravel(), minlength=len(popularity_E)).tolist())
 
     def _ask(self, call: _Call, sent_s: float) -> None:
         """Send a call to the better of two replicas; keep it while the shard has none."""
@@ -255,8 +264,7 @@ class _Simulation:
             return
         worker = alive[0]
         if len(alive) > 1:
-            first, second = self._random.integers(len(alive), size=2)
-            worker = min(alive[first], alive[second], key=lambda each: each.outstanding)
+            worker = min(self._two_of(alive), key=lambda each: each.outstanding)
         worker.outstanding += call.tokens
         arrives_s = sent_s + self._wire_s(call, worker)
         generation = worker.generation
@@ -386,8 +394,8 @@ def _shards_of_layer(shards: Sequence[SimShard], layer: int) -> list[int]:
     return [number for number, shard in enumerate(shards) if shard.first_layer <= layer < shard.end_layer]
 
 
-def _popularity(model: ModelFacts, skew: float, random: np.random.Generator) -> list[np.ndarray]:
+def _popularity(model: ModelFacts, skew: float, generator: np.random.Generator) -> list[np.ndarray]:
     """Of each layer: how often each expert is chosen; which ones are hot differs from layer to layer."""
     weights_E = 1.0 / np.arange(1, model.num_experts + 1) ** skew
     weights_E /= weights_E.sum()
-    return [random.permutation(weights_E) for _ in range(model.num_moe_layers)]
+    return [generator.permutation(weights_E) for _ in range(model.num_moe_layers)]

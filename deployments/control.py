@@ -81,7 +81,8 @@ class Control:
             if shard["most"] is not None and count >= shard["most"]:
                 raise ConfigError(
                     f"{worker} cannot have a successor before it leaves: the layout has room for {shard['most']} "
-                    f"replicas of shard {shard['id']}. Drain it without --replace, then `switchyard scale` the shard again."
+                    f"replicas of shard {shard['id']}. Drain it without --replace, and `switchyard scale` the shard "
+                    "again."
                 )
             say(f"starting another replica of shard {shard['id']}")
             self._scale_to(shard["id"], count + 1, say)

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cluster.errors import ConfigError
+from cluster.inventory import NODE_LABEL
+from deployments.machine import node_name
 from ops import processes
 from ops.beacon import KEY, Beacon, check_fit, own_beacon
 from ops.node_environment import ENGINE_PORTS, RAY_PORT, check_token, default_token_file, node_environment
@@ -122,6 +124,7 @@ def ray_command(head: str, address: str, folder: Path, num_gpus: int | None) -> 
         "start",
         f"--address={head}",
         f"--node-ip-address={address}",
+        f"--labels={NODE_LABEL}={node_name()}",  # by which a layout pins to it
     ]
     command += ["--block", "--disable-usage-stats", f"--temp-dir={folder}"]
     return [*command, *([f"--num-gpus={num_gpus}"] if num_gpus is not None else [])]

@@ -9,9 +9,10 @@ from typing import Any
 import yaml
 
 from cluster.advice import Question, advise
+from cluster.engine_options import Wishes, has_gpus
 from cluster.errors import ConfigError
 from cluster.inventory import Inventory, parse_inventory
-from cluster.planner import Shortfall, Wishes, has_gpus, make_plan
+from cluster.planner import Shortfall, make_plan
 from deployments.models import find_model, longest_context, plan_facts
 from ops.bench.constants import call_cost
 from ops.plan_config import config_text

@@ -18,7 +18,7 @@ from cluster.roofline import EngineLoad, ModelFacts
 from cluster.simulated import Outcome
 from cluster.simulation import SimCluster, SimShard, simulate
 from cluster.workload import parse_workload
-from ops.bench.constants import constants, costs
+from ops.bench.constants import constants, costs_of
 
 DESCRIPTION = """\
 Predict how a planned cluster behaves under a load: throughput, latency, and what losing nodes does to both.
@@ -38,7 +38,7 @@ A load:
   losses: [{at_s: 10, node: box-3, back_after_s: 10}]
 
 Kernels take roofline time divided by the efficiency that was measured; everything else is what the benchmark measured
-(ops/bench/constants.yaml, which names the command). How far off this is stands in ops/bench/README.md.
+(ops/bench/constants.yaml, which names the command and the machine). How far off this is stands in ops/bench/README.md.
 
 --json prints {"tokens_per_s", "ttft_p50_s", "ttft_p99_s", "itl_mean_s", "itl_p99_s", "num_completed", "num_failed",
 "busiest_worker", "mean_worker", "curve": [tokens of each second], "impacts": [{"at_s", "node", "before", "lowest",
@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--plan", type=Path, required=True, metavar="FILE", help="what `switchyard plan --json` has printed")
     add("--load", type=Path, required=True, metavar="FILE", help="the load, as YAML")
+    add("--constants", type=Path, metavar="FILE", help="constants of your own (`switchyard bench fit`)")
     add("--json", action="store_true", help="print JSON")
 
 
@@ -65,9 +66,14 @@ def run(arguments: argparse.Namespace) -> int:
     for loss in load.losses:
         if loss.node not in nodes:
             raise ConfigError(f"{arguments.load}: losses: the plan uses no node {loss.node}, but {_some(nodes)}.")
-    outcome = simulate(cluster, load, costs(), _progress(load.duration_s))
+    values = constants() if arguments.constants is None else _yaml(arguments.constants, "--constants")
+    try:
+        costs = costs_of(values)
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{arguments.constants}: {error} is missing; `switchyard bench fit` prints all.") from None
+    outcome = simulate(cluster, load, costs, _progress(load.duration_s))
     if arguments.json:
-        print(json.dumps(_document(cluster, outcome), indent=2))
+        print(json.dumps(_document(cluster, outcome, values), indent=2))
     else:
         print("\n".join(_lines(cluster, outcome)))
     return 0
@@ -120,7 +126,8 @@ def _shard(shard: Mapping[str, Any], nodes: Mapping[str, Node]) -> SimShard:
         chip = nodes[name].gpu if shard["device"] == "gpu" else nodes[name].host
         assert chip is not None
         workers += [(name, chip)] * (shard["replicas"] // len(shard["nodes"]))
-    return SimShard(*shard["layers"], *shard["experts"], tuple(workers))
+    (first_layer, end_layer), (first_expert, end_expert) = shard["layers"], shard["experts"]
+    return SimShard(first_layer, end_layer, first_expert, end_expert, tuple(workers))
 
 
 def _yaml(path: Path, option: str) -> Any:
@@ -142,10 +149,10 @@ def _progress(duration_s: float) -> Callable[[float], None]:
     return say
 
 
-def _document(cluster: SimCluster, outcome: Outcome) -> dict[str, Any]:
+def _document(cluster: SimCluster, outcome: Outcome, values: Mapping[str, Any]) -> dict[str, Any]:
     document = _without_infinity(dataclasses.asdict(outcome))
     workers = sum(len(shard.workers) for shard in cluster.shards)
-    return {**document, "engines": cluster.engine.count, "workers": workers, "constants": constants()}
+    return {**document, "engines": cluster.engine.count, "workers": workers, "constants": dict(values)}
 
 
 def _without_infinity(value: Any) -> Any:
@@ -163,7 +170,8 @@ def _lines(cluster: SimCluster, outcome: Outcome) -> Iterator[str]:
     yield f"  time to first token   {outcome.ttft_p50_s * 1e3:10.1f} ms, p99 {outcome.ttft_p99_s * 1e3:.1f} ms"
     yield f"  between tokens        {outcome.itl_mean_s * 1e3:10.1f} ms, p99 {outcome.itl_p99_s * 1e3:.1f} ms"
     yield f"  requests              {outcome.num_completed:10d} completed, {outcome.num_failed} failed"
-    yield f"  workers               {outcome.mean_worker:10.0%} busy on average, the busiest {outcome.busiest_worker:.0%}"
+    busy = f"{outcome.mean_worker:10.0%} busy on average, the busiest {outcome.busiest_worker:.0%}"
+    yield f"  workers               {busy}"
     for impact in outcome.impacts:
         after = f"after {impact.recovery_s:.0f} s" if math.isfinite(impact.recovery_s) else "not within this run"
         yield (

@@ -5,7 +5,7 @@ Measures over HTTP only, as a user would; what it starts are processes. Nothing 
 
 import argparse
 
-from ops.bench import compare, faults, layer_call, make_model, observe, soak, workers
+from ops.bench import compare, faults, fit, layer_call, make_model, observe, soak, workers
 
 DESCRIPTION = """\
 Measure Switchyard against colocated vLLM on this machine.
@@ -15,7 +15,7 @@ Measure Switchyard against colocated vLLM on this machine.
   switchyard bench faults --faults sigkill,sigstop     what users notice when workers die or hang
   switchyard bench layer-call                          what a layer call costs beside the kernel; seconds
   switchyard bench observe                             what metrics cost; some minutes
-  switchyard bench workers --model /tmp/bench-mixtral  Switchyard with 1, 2, 3 and 4 workers, as JSON
+  switchyard bench workers --model /tmp/bench-mixtral  Switchyard with 1, 2 and 4 workers, as JSON
 """
 
 COMMANDS = {
@@ -26,6 +26,7 @@ COMMANDS = {
     "layer-call": (layer_call, "measure one layer call without a kernel, between two processes"),
     "observe": (observe, "measure throughput with metrics on and off, and print the ratio"),
     "workers": (workers, "measure Switchyard with one, two, .. expert workers, and print JSON"),
+    "fit": (fit, "make the constants of plans and simulations from that, and say how far off they are"),
 }
 
 

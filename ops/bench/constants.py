@@ -1,6 +1,7 @@
 """The constants of plans and simulations, and the benchmark command that measured them: constants.yaml."""
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,12 @@ def call_cost() -> CallCost:
     return CallCost(constants()["call_us"] / 1e6, constants()["call_token_us"] / 1e6)
 
 
-def costs() -> Costs:
-    """What the simulation needs beside rooflines."""
-    values = constants()
+def costs_of(values: Mapping[str, Any]) -> Costs:
+    """What the simulation needs beside rooflines, from the fields of constants.yaml. Raises KeyError."""
     return Costs(
-        call=call_cost(),
+        call=CallCost(values["call_us"] / 1e6, values["call_token_us"] / 1e6),
         step_s=values["step_us"] / 1e6,
-        step_token_s=values["step_token_us"] / 1e6,
+        step_request_s=values["step_request_us"] / 1e6,
         message_s=values["message_us"] / 1e6,
         kernel_efficiency=values["kernel_efficiency"],
         notice_s=values["notice_s"],

@@ -1,4 +1,4 @@
-"""`switchyard bench workers`: Switchyard alone, with one, two, .. expert workers, one after the other.
+"""`switchyard bench workers`: Switchyard alone, with one, two and four expert workers, one after the other.
 
 What `switchyard simulate` is fed with and checked against: figures over HTTP and, in each layer call, the time of the
 kernels and of everything else.
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `switchyard bench workers`."""
     add = parser.add_argument
     add("--model", required=True, metavar="PATH", help="folder of the checkpoint")
-    add("--counts", type=_counts, default=(1, 2, 3, 4), metavar="N,N,..", help="expert workers (1,2,3,4)")
+    add("--counts", type=_counts, default=(1, 2, 4), metavar="N,N,..", help="expert workers (1,2,4)")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="bfloat16", help="precision (%(default)s)")
     add("--streams", type=_counts, default=(1, 4, 16), metavar="N,N,..", help="levels (1,4,16)")
     add("--requests-per-stream", type=int, default=2, metavar="N", help="in every level (%(default)s)")
@@ -47,22 +47,14 @@ def _counts(text: str) -> tuple[int, ...]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints JSON: {"cores", "prompt_tokens", .., "runs": [{"workers", "streams", figures.., "layer_call": {..}}]}."""
-    runs: list[dict[str, Any]] = []
+    """Prints a line of JSON for every level: {"cores", "workers", "streams", figures.., "layer_call": {..}}."""
     try:
         for count in args.counts:
-            runs += _measured(args, count)
+            for measured in _measured(args, count):
+                print(json.dumps(measured), flush=True)
     except SwitchyardError as error:
         say(f"switchyard bench: {error}")
         return 1
-    described = {
-        "cores": num_cores(),
-        "model": args.model,
-        "prompt_tokens": args.prompt_tokens,
-        "output_tokens": args.output_tokens,
-        "requests_per_stream": args.requests_per_stream,
-    }
-    print(json.dumps({**described, "runs": runs}, indent=2), flush=True)
     return 0
 
 
@@ -79,6 +71,7 @@ def _measured(args: argparse.Namespace, count: int) -> list[dict[str, Any]]:
     calls: Mapping[int, list[dict[str, float] | None]] = comparison.layer_calls
     return [
         {
+            "cores": num_cores(),
             "workers": count,
             "streams": streams,
             **asdict(each),

@@ -12,6 +12,7 @@ import pytest
 
 from cluster.addresses import is_loopback
 from cluster.errors import ConfigError
+from deployments.machine import node_name
 from ops.beacon import Beacon, check_fit, own_beacon
 from ops.cli import main
 from ops.join import check_reachable, parse_head, ray_command
@@ -76,6 +77,7 @@ def test_addresses(tmp_path):
     ]  # fmt: skip
     command = ray_command("10.0.0.1:6379", "10.0.0.2", tmp_path, 0)
     assert "--address=10.0.0.1:6379" in command and "--node-ip-address=10.0.0.2" in command
+    assert f"--labels=switchyard-node={node_name()}" in command
     assert "--num-gpus=0" in command and "--num-gpus" not in " ".join(ray_command("h:1", "a", tmp_path, None))
 
 

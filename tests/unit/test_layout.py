@@ -104,7 +104,8 @@ def test_deployments_are_pinned_and_spread():
     }
     for name, (options, replicas, most) in expected.items():
         deployment = found[name]
-        assert {k: v for k, v in deployment.ray_actor_options.items() if k != "num_cpus"} == options, name
+        given = deployment.ray_actor_options
+        assert {key: given[key] for key in ("num_gpus", "label_selector") if key in given} == options, name
         assert (deployment.num_replicas, deployment._replica_config.max_replicas_per_node) == (replicas, most), name
 
 

@@ -9,10 +9,11 @@ import yaml
 
 from cluster.advice import Question, advise
 from cluster.config import parse_settings
+from cluster.engine_options import USABLE_SHARE, Wishes, has_gpus
 from cluster.inventory import GB, Chip, Inventory, Node, parse_inventory
 from cluster.layout import shards_of
 from cluster.packing import Slot, pack, pack_evenly
-from cluster.planner import USABLE_SHARE, ClusterPlan, Shortfall, Wishes, has_gpus, make_plan
+from cluster.planner import ClusterPlan, Shortfall, make_plan
 from cluster.roofline import CallCost, ModelFacts, distinct_experts, visiting_share
 from deployments.models import find_model, plan_facts
 from model.sizes import USABLE_SHARE as SHARE_OF_SIZES

@@ -44,7 +44,7 @@ def test_a_step_takes_what_its_parts_take():
     alone = simulate(cluster(), LOAD, FREE)
     assert alone.itl_mean_s == pytest.approx(4e-3)
     assert alone.tokens_per_s == pytest.approx(1 / alone.itl_mean_s, rel=0.05)
-    costs = dataclasses.replace(FREE, call=CallCost(1e-3, 1e-3), step_s=5e-3, step_token_s=1e-3)
+    costs = dataclasses.replace(FREE, call=CallCost(1e-3, 1e-3), step_s=5e-3, step_request_s=1e-3)
     slower = simulate(cluster(), LOAD, costs)
     assert slower.itl_mean_s - alone.itl_mean_s == pytest.approx(2 * 2e-3 + 6e-3, rel=0.05)
     halved = simulate(cluster(), LOAD, dataclasses.replace(FREE, kernel_efficiency=0.5))
@@ -87,10 +87,11 @@ def test_a_skewed_load_keeps_one_worker_busier():
 
 def test_a_loss_with_a_replica_costs_a_moment_and_no_request():
     load = Workload(duration_s=8.0, streams=4, prompt_tokens=1, output_tokens=50, losses=(Loss(3.0, "n00"),))
-    run = simulate(cluster(split(2)), load, FREE)
-    (impact,) = run.impacts
-    assert run.num_failed == 0 and impact.recovery_s <= 2 and impact.before > 0
-    assert run.curve[3] < 0.8 * run.curve[2] and run.curve[7] > 0
+    runs = [simulate(cluster(split(2)), dataclasses.replace(load, seed=seed), FREE) for seed in range(6)]
+    for run in runs:
+        assert run.num_failed == 0 and run.impacts[0].recovery_s <= 2 and run.curve[7] > 0
+    # A call that was with the lost worker is noticed after half a second; there may have been none.
+    assert any(run.curve[3] < 0.8 * run.curve[2] for run in runs)
 
 
 def test_a_loss_without_a_replica_stops_everything_until_the_node_is_back():
