@@ -50,10 +50,10 @@ def can_compute(activation: str, dtype: torch.dtype) -> bool:
     return _kernel() is not None and activation in _ACTIVATIONS and dtype in _DTYPES
 
 
-def loaded_bytes_per_stored(path: Path) -> float:
+def loaded_bytes_per_stored(path: Path) -> int:
     """How many bytes a worker needs for each byte of packed integers in a safetensors file; 1 where there are none."""
     stored = file_format(path)
-    return 1.0 if stored is None or _kernel() is not None else stored.product.itemsize * 8 / stored.bits
+    return 1 if stored is None or _kernel() is not None else stored.product.itemsize * 8 // stored.bits
 
 
 class IntegerExperts:

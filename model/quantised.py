@@ -1,7 +1,7 @@
-"""Expert matrices stored as integers with scales: the format on disk, making it from numbers, and numbers from it.
+"""Expert matrices stored as integers with scales: the format on disk, and the way there and back.
 
-The format is compressed-tensors' "pack-quantized" (github.com/vllm-project/compressed-tensors), which vLLM's own kernels
-load on a GPU. A matrix `<expert>.w1.weight` [out, in] is three tensors:
+The format is "pack-quantized" of compressed-tensors (github.com/vllm-project/compressed-tensors), which vLLM loads for
+its own kernels on a GPU. A matrix `<expert>.w1.weight` [out, in] is three tensors:
     <expert>.w1.weight_packed  int32 [out, in * bits / 32]  integers with 2^(bits-1) added, the first in the lowest bits
     <expert>.w1.weight_scale   bfloat16 [out, groups]       group g scales the inputs g * in / groups and following
     <expert>.w1.weight_shape   int64 [2]                    out, in
@@ -162,7 +162,7 @@ def config_format(config: Mapping[str, Any], file: Path) -> Format | None:
     own = config.get(METADATA_KEY)
     if own is None:
         return None
-    value = metadata_value(own.get("experts"), own.get("product")) if isinstance(own, dict) else str(own)
+    value = f"{own.get('experts')}-{own.get('product')}" if isinstance(own, dict) else str(own)
     return format_of({METADATA_KEY: value}, str(file))
 
 
