@@ -33,6 +33,7 @@ GROUP_SIZE = 128
 _LEAST_GROUP = 8
 _BITS = {"int8": 8, "int4": 4}
 _PRODUCTS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_KNOWN = ("int8-bfloat16", "int8-float32", "int4-float32")
 _BLOCK_BYTES = 64 << 20  # of float32 values at a time
 
 
@@ -127,7 +128,7 @@ def format_of(metadata: Mapping[str, str] | None, file: str) -> Format | None:
     if value is None:
         return None
     precision, _, product = value.partition("-")
-    if precision not in _BITS or product not in _PRODUCTS:
+    if value not in _KNOWN:
         raise CheckpointError(f"{file} is quantised as {value!r}, which this version cannot read. Convert it again.")
     return Format(_BITS[precision], _PRODUCTS[product])
 
