@@ -1,4 +1,4 @@
-"""The small C libraries of cluster/ and model/, loaded with ctypes; everything that uses them has a way without them."""
+"""The small C libraries of cluster/ and model/, loaded with ctypes; what uses them has a way without."""
 
 from __future__ import annotations
 

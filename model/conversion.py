@@ -1,7 +1,7 @@
-"""Writing a converted checkpoint, file by file, so that it goes on where it was interrupted and is verified at the end.
+"""Writing a converted checkpoint file by file; it goes on where it was interrupted.
 
-What is written, and from what, is a plan of pieces: model/ckpt0_pieces.py for Grok-1's ckpt-0, model/hub_pieces.py for a
-Hugging Face folder.
+What is written, and from what, is a plan of pieces: model/ckpt0_pieces.py for Grok-1's ckpt-0, model/hub_pieces.py for
+a Hugging Face folder.
 """
 
 import shutil

@@ -25,6 +25,18 @@ def is_expert_tensor(name: str) -> bool:
     return _EXPERT.search(name) is not None
 
 
+def expert_of(name: str) -> int | None:
+    """The number of the expert that a tensor belongs to; None where a tensor has several experts, or none."""
+    match = _EXPERT_NUMBER.fullmatch(name)
+    return int(match[2]) if match else None
+
+
+def layer_of(name: str) -> int:
+    """The number of the layer in a tensor's name; 0 where it has none."""
+    match = _LAYER.search(name)
+    return int(match[1]) if match else 0
+
+
 def read_header(path: Path) -> dict[str, dict[str, object]]:
     """The safetensors header of `path`: tensor name -> {dtype, shape, data_offsets}; no tensor data is read.
 

@@ -80,11 +80,12 @@ class _HostedMixin:
             )
 
     def _get_quant_method(self, prefix, quant_config, moe_config) -> FusedMoEMethodBase:
+        assert _hosting is not None, "HostedExperts.load() builds these layers"
         activation = moe_config.activation.value
-        is_plain = not (moe_config.has_bias or self.apply_router_weight_on_input)
+        is_plain = not (moe_config.has_bias or self.apply_router_weight_on_input)  # type: ignore[attr-defined]
         if _hosting.integers and is_plain and can_compute(activation, moe_config.in_dtype):
             return _IntegerMethod(moe_config)
-        return super()._get_quant_method(prefix, quant_config, moe_config)
+        return super()._get_quant_method(prefix, quant_config, moe_config)  # type: ignore[misc]
 
     def load_weights(self, weights):
         return super().load_weights(weights) if self.is_hosted else iter(())

@@ -195,7 +195,7 @@ static void sort_pairs(const int32_t *ids_TK, int64_t pairs, int64_t experts, in
 }
 
 /* out[t] = sum of weights[t, k] * expert ids[t, k](x[t]) over the experts that are here. x and out: float32, or bfloat16.
- * scratch: 2 * T * D + P * F floats; order: P int32, then as many int64 as E + 2, the first of them aligned. */
+ * first and pairs_P are room for E + 2 and P of them, scratch for 2 * T * D + P * F floats. */
 void switchyard_integer_experts(const struct layer *l, const void *x, const float *weights_TK, const int32_t *ids_TK,
                                 void *out, int64_t tokens, int64_t top_k, int is_bfloat16, float *scratch,
                                 int64_t *first, int32_t *pairs_P, int num_threads)

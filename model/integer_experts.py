@@ -50,10 +50,10 @@ def can_compute(activation: str, dtype: torch.dtype) -> bool:
     return _kernel() is not None and activation in _ACTIVATIONS and dtype in _DTYPES
 
 
-def loaded_bytes_per_stored(path: Path) -> float:
+def loaded_bytes_per_stored(path: Path) -> int:
     """How many bytes a worker needs for each byte of packed integers in a safetensors file; 1 where there are none."""
     stored = file_format(path)
-    return 1.0 if stored is None or _kernel() is not None else stored.product.itemsize * 8 / stored.bits
+    return 1 if stored is None or _kernel() is not None else stored.product.itemsize * 8 // stored.bits
 
 
 class IntegerExperts:
@@ -72,7 +72,7 @@ class IntegerExperts:
         self._scales: dict[str, Tensor] = {}
         self._format: Format | None = None
         self._missing = {(expert, which) for expert in range(num_experts) for which in ("w1", "w2", "w3")}
-        self._scratch = torch.empty(0)
+        self._scratch = torch.empty(0, dtype=torch.float32)
 
     @property
     def memory_bytes(self) -> int:
@@ -136,7 +136,7 @@ class IntegerExperts:
         bounds = 2 * (self._num_experts + 2)  # int64, in floats
         floats = 2 * num_tokens * hidden + pairs * self._inner
         if self._scratch.numel() < bounds + floats + pairs:
-            self._scratch = torch.empty(bounds + floats + pairs)
+            self._scratch = torch.empty(bounds + floats + pairs, dtype=torch.float32)
         start = self._scratch.data_ptr()
         return start + 4 * bounds, start, start + 4 * (bounds + floats)
 

@@ -1,7 +1,7 @@
-"""Expert matrices stored as integers with scales: the format on disk, making it from numbers, and numbers from it.
+"""Expert matrices stored as integers with scales: the format on disk, and the way there and back.
 
-The format is compressed-tensors' "pack-quantized" (github.com/vllm-project/compressed-tensors), which vLLM's own kernels
-load on a GPU. A matrix `<expert>.w1.weight` [out, in] is three tensors:
+The format is "pack-quantized" of compressed-tensors (github.com/vllm-project/compressed-tensors), which vLLM loads for
+its own kernels on a GPU. A matrix `<expert>.w1.weight` [out, in] is three tensors:
     <expert>.w1.weight_packed  int32 [out, in * bits / 32]  integers with 2^(bits-1) added, the first in the lowest bits
     <expert>.w1.weight_scale   bfloat16 [out, groups]       group g scales the inputs g * in / groups and following
     <expert>.w1.weight_shape   int64 [2]                    out, in
@@ -33,6 +33,7 @@ GROUP_SIZE = 128
 _LEAST_GROUP = 8
 _BITS = {"int8": 8, "int4": 4}
 _PRODUCTS = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_KNOWN = ("int8-bfloat16", "int8-float32", "int4-float32")
 _BLOCK_BYTES = 64 << 20  # of float32 values at a time
 
 
@@ -127,7 +128,7 @@ def format_of(metadata: Mapping[str, str] | None, file: str) -> Format | None:
     if value is None:
         return None
     precision, _, product = value.partition("-")
-    if precision not in _BITS or product not in _PRODUCTS:
+    if value not in _KNOWN:
         raise CheckpointError(f"{file} is quantised as {value!r}, which this version cannot read. Convert it again.")
     return Format(_BITS[precision], _PRODUCTS[product])
 
@@ -162,7 +163,7 @@ def config_format(config: Mapping[str, Any], file: Path) -> Format | None:
     own = config.get(METADATA_KEY)
     if own is None:
         return None
-    value = metadata_value(own.get("experts"), own.get("product")) if isinstance(own, dict) else str(own)
+    value = f"{own.get('experts')}-{own.get('product')}" if isinstance(own, dict) else str(own)
     return format_of({METADATA_KEY: value}, str(file))
 
 

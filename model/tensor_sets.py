@@ -83,8 +83,15 @@ class TensorSet:
 def tensor_sets(files: Iterable[str | Path]) -> Iterator[TensorSet]:
     """The files' sets, one open at a time. Raises CheckpointError, naming the file, for one that cannot be opened."""
     for group in shard_sets(Path(file) for file in files):
-        with _opened(group) as opened:
-            yield TensorSet(group, opened)
+        with opened_set(group) as tensors:
+            yield tensors
+
+
+@contextmanager
+def opened_set(files: tuple[Path, ...]) -> Iterator[TensorSet]:
+    """One set of files, as shard_sets() makes them. Raises CheckpointError, naming the file that cannot be opened."""
+    with _opened(files) as opened:
+        yield TensorSet(files, opened)
 
 
 def each_once(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -31,7 +31,10 @@ COMMANDS = {
     "doctor": ("ops.doctor", "check installation, machine and running clusters, and say what to do"),
     "energy": ("ops.energy", "measure joules per token and tokens per kWh of a running cluster"),
     "observe": ("ops.observe.prometheus", "start Prometheus against a running cluster"),
-    "convert": ("ops.convert", "turn Grok-1 as released into a folder that can be served"),
+    "convert": (
+        "ops.convert",
+        "turn Grok-1 as released, or a model's experts into int8 or int4, into a folder to serve",
+    ),
     "models": ("ops.models", "list the known models with their shapes and the memory they take"),
     "license": ("ops.license", "print the licence terms that apply to a model"),
     "bench": ("ops.bench", "measure against colocated vLLM, and make benchmark checkpoints"),

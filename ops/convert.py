@@ -1,4 +1,4 @@
-"""``switchyard convert``: Grok-1 as released into a folder that can be served."""
+"""``switchyard convert``: Grok-1 as released, or any model with integer experts, into a folder that can be served."""
 
 import argparse
 import json
@@ -14,7 +14,11 @@ if TYPE_CHECKING:
     from deployments.conversion import Progress
 
 DESCRIPTION = """\
-Convert Grok-1 as released (the folder ckpt-0 of xai-org/grok-1) into safetensors that Switchyard serves.
+Convert Grok-1 as released (the folder ckpt-0 of xai-org/grok-1) into safetensors that Switchyard serves, or the experts
+of a Hugging Face folder (Grok-2 as published, Mixtral, Qwen-MoE, ..) into integers.
+
+  switchyard convert grok-1/ckpt-0 grok-1-int8 --experts int8    the released numbers, half of bf16's size
+  switchyard convert grok-2 grok-2-int4 --experts int4           a quarter
 
 The files are read as data: nothing in them is ever run. A conversion that was interrupted goes on when the same command
 is given again; one that is complete is verified. If SRC, or the folder it is in, has SHA256SUMS or the metadata of a
@@ -26,14 +30,15 @@ CONFIG_FILE = "config.json"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `switchyard convert`."""
-    parser.add_argument("source", type=Path, metavar="SRC", help="the folder ckpt-0, or the one that contains it")
+    parser.add_argument("source", type=Path, metavar="SRC", help="ckpt-0 or its parent, or a model folder")
     parser.add_argument("destination", type=Path, metavar="DST", help="folder for the converted model")
     parser.add_argument(
         "--experts",
-        choices=("bf16", "int8"),
+        choices=("bf16", "int8", "int4"),
         default="bf16",
         help="bf16: dequantised, each weight rounded to bfloat16 as in xAI's code. "
-        "int8: the released numbers and scales as they are, half the size on disk (%(default)s)",
+        "int8: of ckpt-0 the released numbers and scales as they are; else a scale for every 128 inputs. "
+        "int4: 4 bits, and a scale for every 128 inputs (%(default)s)",
     )
     parser.add_argument(
         "--exact",
@@ -57,20 +62,30 @@ def run(arguments: argparse.Namespace) -> int:
     """Exit status of `switchyard convert`."""
     if arguments.workers < 1:
         raise ConfigError(f"--workers: is {arguments.workers}, must be 1 or more.")
-    config = read_config(arguments.source, arguments.config)
-    from deployments.conversion import convert_ckpt0
+    from deployments.conversion import convert_ckpt0, convert_hub, is_hub_folder
 
-    convert_ckpt0(
-        arguments.source,
-        arguments.destination,
-        exact=arguments.exact,
-        config=config,
-        experts=arguments.experts,
-        workers=arguments.workers,
-        progress=ProgressLines(sys.stderr, arguments.progress_s, time.monotonic),
-    )
+    common = {
+        "experts": arguments.experts,
+        "workers": arguments.workers,
+        "progress": ProgressLines(sys.stderr, arguments.progress_s, time.monotonic),
+    }
+    if is_hub_folder(arguments.source):
+        _check_hub(arguments)
+        convert_hub(arguments.source, arguments.destination, **common)
+    else:
+        config = read_config(arguments.source, arguments.config)
+        convert_ckpt0(arguments.source, arguments.destination, exact=arguments.exact, config=config, **common)
     print(arguments.destination)
     return 0
+
+
+def _check_hub(arguments: argparse.Namespace) -> None:
+    if arguments.experts == "bf16":
+        raise ConfigError(
+            f"{arguments.source} is served as it lies; to convert its experts give --experts int8 or int4."
+        )
+    if arguments.exact or arguments.config is not None:
+        raise ConfigError("--exact and --config are for Grok-1's ckpt-0; a model folder needs neither.")
 
 
 def read_config(source: Path, given: Path | None) -> dict[str, Any] | None:

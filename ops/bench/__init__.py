@@ -5,7 +5,7 @@ Measures over HTTP only, as a user would; what it starts are processes. Nothing 
 
 import argparse
 
-from ops.bench import compare, faults, fit, layer_call, make_model, observe, soak, workers
+from ops.bench import compare, faults, fit, layer_call, make_model, observe, quality, soak, workers
 
 DESCRIPTION = """\
 Measure Switchyard against colocated vLLM on this machine.
@@ -16,6 +16,8 @@ Measure Switchyard against colocated vLLM on this machine.
   switchyard bench layer-call                          what a layer call costs beside the kernel; seconds
   switchyard bench observe                             what metrics cost; some minutes
   switchyard bench workers --model /tmp/bench-mixtral  Switchyard with 1, 2 and 4 workers, as JSON
+  switchyard bench compare --model /tmp/bench-mixtral --experts int4
+  switchyard bench quality                             perplexity of the demo model with int8 and int4 experts
 """
 
 COMMANDS = {
@@ -27,6 +29,7 @@ COMMANDS = {
     "observe": (observe, "measure throughput with metrics on and off, and print the ratio"),
     "workers": (workers, "measure Switchyard with one, two, .. expert workers, and print JSON"),
     "fit": (fit, "make the constants of plans and simulations from that, and say how far off they are"),
+    "quality": (quality, "measure what int8 and int4 experts cost the demo model in perplexity"),
 }
 
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -28,6 +28,9 @@ from cluster.errors import ConfigError, SwitchyardError
 from ops.bench import report, sides
 from ops.bench.load import LevelRun, LoadError, Workload, run_level
 from ops.bench.servers import HTTP_TIMEOUT_S, Server, num_cores, total_cpu_s
+
+if TYPE_CHECKING:
+    from deployments.conversion import Precision
 
 STATS_PATH = "/switchyard/stats"
 WARM_UP_TOKENS = 8
@@ -78,9 +81,17 @@ def say(text: str) -> None:
 class Comparison:
     """Starts the servers, runs the rounds, keeps what was measured."""
 
-    def __init__(self, plan: Plan, settings: Settings, environments: Mapping[str, Mapping[str, str]], logs: Path):
+    def __init__(
+        self,
+        plan: Plan,
+        settings: Settings,
+        environments: Mapping[str, Mapping[str, str]],
+        logs: Path,
+        switchyard_model: str | None = None,
+    ):
         self._plan = plan
         self._settings = settings
+        self._switchyard_model = switchyard_model or settings.model
         self._environments = environments
         self._logs = logs
         self.pairs: list[report.Pair] = []
@@ -183,7 +194,8 @@ class Comparison:
             command = sides.colocated_command(self._settings, port)
         else:
             config = self._logs / "ray-config.yaml"
-            sides.write_config(config, self._settings)
+            settings = replace(self._settings, model=self._switchyard_model, served_model_name=self._settings.name)
+            sides.write_config(config, settings)
             command = sides.switchyard_command(config, port)
         url = f"http://{sides.HOST}:{port}"
         # Ctrl-C is how a user stops `switchyard serve`; vLLM ignores it when it was started in the background.
@@ -210,6 +222,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, metavar="PATH", help="folder of the checkpoint")
     add("--workers", type=int, default=1, metavar="N", help="expert shards (%(default)s)")
     add("--dtype", choices=("auto", "bfloat16", "float32"), default="bfloat16", help="precision (%(default)s)")
+    add(
+        "--experts",
+        choices=("int8", "int4"),
+        help="convert the experts for Switchyard, beside the model; vLLM keeps bf16",
+    )
     add("--streams", type=_counts, default=(1, 8, 32), metavar="N,N,..", help="levels (1,8,32)")
     add("--rounds", type=int, metavar="N", help="both sides are measured so often (3; with --quick 2)")
     add("--requests-per-stream", type=int, default=2, metavar="N", help="in every level (%(default)s)")
@@ -263,7 +280,8 @@ def run(args: argparse.Namespace) -> int:
         plan = replace(plan, sequential=True)
     logs = args.logs or Path(tempfile.mkdtemp(prefix="switchyard-bench-"))
     logs.mkdir(parents=True, exist_ok=True)
-    comparison = Comparison(plan, settings, environments, logs)
+    converted = _converted(model, args.experts) if args.experts else None
+    comparison = Comparison(plan, settings, environments, logs, converted)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         comparison.run()
@@ -276,6 +294,16 @@ def run(args: argparse.Namespace) -> int:
     result = _document(comparison, plan, settings, args)
     print(json.dumps(result, indent=2) if args.json else report.table(result), flush=True)
     return 0
+
+
+def _converted(model: Path, experts: "Precision") -> str:
+    """The model with such experts, in a folder beside it; one that is there already is verified."""
+    from deployments.conversion import convert_hub
+
+    folder = model.absolute().with_name(f"{model.name}-{experts}")
+    say(f"converting the experts to {experts}: {folder}")
+    convert_hub(model, folder, experts)
+    return str(folder)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -318,6 +346,7 @@ def _document(comparison: Comparison, plan: Plan, settings: Settings, args: argp
         "application": to_args(settings),
         "colocated_env": args.colocated_env,
         "switchyard_env": args.switchyard_env,
+        "switchyard_experts": args.experts or "as they are",
         "idle_cores": comparison.idle_cores,
         "start_s": comparison.start_s,
     }

@@ -2,13 +2,17 @@
 
 import contextlib
 import itertools
+import json
+import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cluster.config import parse_settings
 from ops.bench import compare, report, sides
 from ops.bench.load import LevelRun, LoadError, Trace, Workload
+from tests.golden import GOLDENS
 
 
 class FakeServer:
@@ -105,3 +109,21 @@ def test_a_failed_measurement_is_reported_with_the_log_and_stops_everything(diar
     monkeypatch.setattr(compare, "run_level", run_level)
     with pytest.raises(compare.MeasurementFailed, match=r"colocated: answered 503\nthe log's end"):
         diary.comparison.run()
+
+
+def test_experts_are_converted_beside_the_model_and_served_under_its_name(tmp_path, monkeypatch):
+    shutil.copytree(GOLDENS / "mixtral-tiny", tmp_path / "model")
+    folder = compare._converted(tmp_path / "model", "int4")
+    assert folder == str(tmp_path / "model-int4")
+    assert json.loads((tmp_path / "model-int4/config.json").read_text())["quantization_config"]
+    assert compare._converted(tmp_path / "model", "int4") == folder  # verified, not written again
+    settings = parse_settings({"model": str(tmp_path / "model")})
+    plan = compare.Plan((1,), 1, 1, Workload(100, 4, 4, 0), False, 1.0)
+    launched = {}
+    monkeypatch.setattr(compare, "Server", lambda name, command, *rest: launched.setdefault(name, command))
+    comparison = compare.Comparison(plan, settings, {"colocated": {}, "switchyard": {}}, tmp_path, folder)
+    comparison._launch("switchyard")
+    comparison._launch("colocated")
+    served = yaml.safe_load((tmp_path / "ray-config.yaml").read_text())["applications"][0]["args"]
+    assert (served["model"], served["served_model_name"]) == (folder, "model")
+    assert str(tmp_path / "model") in launched["colocated"]

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from cluster.errors import CheckpointError
+from model import ckpt0_pieces
 from model.expert_weights import dense_weights, hosted_weights, read_header
 from model.grok_checkpoint import convert_ckpt0, read_tensor
 from model.integer_experts import can_compute, loaded_bytes_per_stored
@@ -86,6 +87,35 @@ def test_int8_keeps_the_released_numbers(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config[METADATA_KEY] == {"experts": "int8", "scales": "bfloat16", "product": "bfloat16"}
     assert "quantization_config" not in config  # four inputs to a scale are nothing that vLLM computes
+
+
+def test_scales_are_repeated_where_vllm_can_load_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With groups of two, as the released model's widths are to groups of 128."""
+    monkeypatch.setattr(ckpt0_pieces, "GROUP_SIZE", 2)
+    files = ckpt0.random_files(1)
+    source = ckpt0.write(tmp_path / "ckpt-0", files)
+    convert_ckpt0(source, tmp_path / "out", config=ckpt0.CONFIG, experts="int8", exact=True)
+    stored = load_file(tmp_path / "out/model-experts-layer-00000.safetensors")
+    scales = np.frombuffer(files[3].scales_data or b"", "<i2").reshape(files[3].scales_shape)
+    repeated = stored["model.layers.0.block_sparse_moe.experts.1.w2.weight_scale"]
+    np.testing.assert_array_equal(repeated.view(torch.int16).numpy(), np.repeat(scales[1].T, 2, axis=1))
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["quantization_config"]["config_groups"]["group_0"]["weights"]["group_size"] == 2
+    name = "model.layers.0.block_sparse_moe.experts.1.w2.weight"
+    np.testing.assert_array_equal(weights(tmp_path / "out")[name].numpy(), dequantised(files[3], True)[1])
+
+
+def test_int4_is_near_the_released_weights(tmp_path: Path) -> None:
+    convert_ckpt0(CKPT, tmp_path / "int4", config=M2, experts="int4")
+    convert_ckpt0(CKPT, tmp_path / "exact", config=M2, experts="int8", exact=True)
+    int4, exact = weights(tmp_path / "int4"), weights(tmp_path / "exact")
+    assert int4.keys() == exact.keys()
+    for name, tensor in exact.items():
+        if ".experts." in name:
+            limit = 0.54 / 7.5 * tensor.unflatten(1, (-1, 8)).abs().amax(-1)  # groups of 8, for 344 inputs
+            assert ((int4[name] - tensor).unflatten(1, (-1, 8)).abs().amax(-1) <= limit).all()
+    spec = inspect_checkpoint(str(tmp_path / "int4"), "float32")
+    assert spec is not None and spec.stored is not None and spec.stored.bits == 4
 
 
 def test_the_modes_agree_on_the_golden_model(tmp_path: Path) -> None:

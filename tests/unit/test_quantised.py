@@ -1,4 +1,4 @@
-"""Integers with scales: the format is compressed-tensors', as its own library reads and writes it, and vLLM's config."""
+"""Integers with scales: the format is compressed-tensors', as its own library reads and writes it."""
 
 from pathlib import Path
 
@@ -46,9 +46,9 @@ def test_quantised_weights_are_near(bits: int) -> None:
     values, scales = quantise(weight_OI, bits, 128)
     assert (values.min(), values.max()) == (-(1 << bits - 1), (1 << bits - 1) - 1)
     found = plain(Quantised(Format(bits, torch.float32), pack(values, bits), scales))
-    # Half a step, and a little because the scale, too, has been rounded.
+    # Half a step, and at the ends of the range what rounding the scale to eight bits has moved them.
     step = scales.float().repeat_interleave(128, dim=1)
-    assert ((found - weight_OI).abs() <= 0.52 * step).all()
+    assert ((found - weight_OI).abs() <= (0.5 + 2.0 ** (bits - 9)) * step).all()
     assert not found[3].any()
 
 
