@@ -30,6 +30,8 @@ class Cause(enum.Enum):
     """It knows the secret and will not serve us: it holds another model, for example."""
     WRONG_SECRET = "wrong_secret"
     """It does not know the cluster's secret."""
+    UNREACHABLE = "unreachable"
+    """It is in the table and will not be connected to. So ends, too, who takes our proof for a stranger's."""
 
 
 # It was busy with others' calls: a matter of load, not of health.

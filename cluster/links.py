@@ -27,6 +27,8 @@ from cluster.wire import Agreement
 _LOG = logging.getLogger(__name__)
 _CONNECT_TIMEOUT_S = 2.0
 _FIRST_ATTEMPT_WAIT_S = 0.25
+# Without a connection for so long, a replica that is still in the table is accused, and again each time it has passed.
+_UNREACHABLE_AFTER_S = 2.0
 _RETRY_S = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 OnDown = Callable[[Link, Exception], None]
@@ -124,8 +126,12 @@ class Links:
 
     def _keep_connecting(self, replica: Replica) -> None:
         attempt = 0
+        accuse_s = time.monotonic() + _UNREACHABLE_AFTER_S
         while True:
             link = self._try_connect(replica)
+            if link is None and time.monotonic() > accuse_s and self._newest and replica in _online(self._newest):
+                accuse_s += _UNREACHABLE_AFTER_S
+                self.suspicions.on_accused(replica.replica_id, Cause.UNREACHABLE)
             with self._changed:
                 attempt += 1
                 self._connecting[replica] = attempt

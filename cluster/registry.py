@@ -26,6 +26,7 @@ _ACCUSATIONS_KEPT_S = 60.0
 _CONDEMNED_BY = {
     Cause.REFUSED: 1,
     Cause.WRONG_SECRET: 1,
+    Cause.UNREACHABLE: 3,
     Cause.MALFORMED: 3,
     Cause.NOT_FINITE: 3,
     Cause.FAILED: 5,
@@ -238,7 +239,7 @@ class Registry:
     def _is_needed(self, replica: Replica, cause: Cause) -> bool:
         """It is better than nothing while other replicas of its shard are on their way."""
         online = sum(r.shard_id == replica.shard_id and r.state is ReplicaState.ONLINE for r in self.table.replicas)
-        serves = cause not in (Cause.REFUSED, Cause.WRONG_SECRET)
+        serves = cause not in (Cause.REFUSED, Cause.WRONG_SECRET, Cause.UNREACHABLE)
         return serves and online == 1 and self._wanted[replica.shard_id] > 1
 
     def _is_engines_fault(self, engine_id: str, cause: Cause) -> bool:

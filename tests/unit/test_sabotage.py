@@ -20,7 +20,7 @@ BLAMED_FOR = {
     Fault.DROPPED_REPLY: Cause.SILENT,
     Fault.DOUBLED_REPLY: None,
     Fault.TRUNCATED_FRAME: Cause.MALFORMED,
-    Fault.WRONG_SECRET: Cause.WRONG_SECRET,
+    Fault.WRONG_SECRET: Cause.UNREACHABLE,  # who does not know our proof closes before it has shown its own
     Fault.WRONG_MODEL: Cause.REFUSED,
 }
 
