@@ -347,7 +347,7 @@ class _Simulation:
     # -- losses -------------------------------------------------------------------------------------------------------
 
     def _lose(self, node: str) -> None:
-        for worker in self._all_workers(node):
+        for worker in (each for replicas in self._workers for each in replicas if each.node == node):
             lost = [*worker.serving, *worker.waiting]
             worker.serving, worker.waiting, worker.outstanding = [], deque(), 0
             worker.is_alive = False
@@ -372,9 +372,6 @@ class _Simulation:
             parked, self._parked[shard] = self._parked[shard], []
             for call in parked:
                 self._ask(call, self._now_s)
-
-    def _all_workers(self, node: str) -> Iterator[_Worker]:
-        return (worker for replicas in self._workers for worker in replicas if worker.node == node)
 
 
 def _chunks(running: Sequence[_Request], budget: int) -> Iterator[tuple[_Request, int]]:

@@ -9,16 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from cluster.config import EngineSettings
 from cluster.errors import ConfigError
-from cluster.inventory import Chip, Inventory, Node, parse_inventory
-from cluster.roofline import EngineLoad, ModelFacts
 from cluster.simulated import Outcome
-from cluster.simulation import SimCluster, SimShard, simulate
+from cluster.simulation import SimCluster, simulate
 from cluster.workload import parse_workload
 from ops.bench.constants import constants, costs_of
+from ops.plan_file import read_plan, read_yaml
 
 DESCRIPTION = """\
 Predict how a planned cluster behaves under a load: throughput, latency, and what losing nodes does to both.
@@ -59,14 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     cluster = read_plan(arguments.plan)
     try:
-        load = parse_workload(_yaml(arguments.load, "--load"))
+        load = parse_workload(read_yaml(arguments.load, "--load"))
     except ConfigError as error:
         raise ConfigError(f"{arguments.load}: {error}") from None
     nodes = {*cluster.engine_nodes, *(node for shard in cluster.shards for node, _ in shard.workers)}
     for loss in load.losses:
         if loss.node not in nodes:
             raise ConfigError(f"{arguments.load}: losses: the plan uses no node {loss.node}, but {_some(nodes)}.")
-    values = constants() if arguments.constants is None else _yaml(arguments.constants, "--constants")
+    values = constants() if arguments.constants is None else read_yaml(arguments.constants, "--constants")
     try:
         costs = costs_of(values)
     except (KeyError, TypeError) as error:
@@ -77,66 +73,6 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print("\n".join(_lines(cluster, outcome)))
     return 0
-
-
-def read_plan(path: Path) -> SimCluster:
-    """What `switchyard plan --json` has printed. Raises ConfigError, naming the file."""
-    document = _yaml(path, "--plan")  # JSON is YAML
-    if not isinstance(document, Mapping) or not document.get("fits"):
-        raise ConfigError(f"{path} is not a plan that fits: write one with `switchyard plan .. --json > {path}`.")
-    try:
-        return _cluster(document)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path} is not a plan of this version ({error!r}): write it anew.") from None
-
-
-def _cluster(document: Mapping[str, Any]) -> SimCluster:
-    inventory = parse_inventory(document["inventory"])
-    nodes = {node.name: node for node in inventory.nodes}
-    layout, engines, ranks = document["layout"], document["engines"], document["ranks"]
-    args = document["ray_config"]["applications"][0]["args"]["engine"]
-    engine_nodes = [name for name in layout["engine_nodes"] for _ in range(engines // len(layout["engine_nodes"]))]
-    return SimCluster(
-        model=ModelFacts(**document["model"]),
-        engine_nodes=tuple(engine_nodes),
-        engine=EngineLoad(engines, ranks, _engine_chip(nodes[engine_nodes[0]], args["num_gpus"] > 0)),
-        shards=tuple(_shard(shard, nodes) for shard in layout["shards"]),
-        max_num_seqs=args.get("max_num_seqs", EngineSettings.max_num_seqs),
-        max_num_batched_tokens=args["max_num_batched_tokens"],
-        **_network(inventory),
-    )
-
-
-def _network(inventory: Inventory) -> dict[str, float]:
-    return {"network_bytes_s": inventory.network_bytes_s, "network_latency_s": inventory.network_latency_s}
-
-
-def _engine_chip(node: Node, on_gpu: bool) -> Chip:
-    if on_gpu:
-        assert node.gpu is not None
-        return node.gpu
-    assert node.host is not None
-    count = node.num_host_workers
-    return Chip(node.host.memory_bytes * count, node.host.bandwidth_bytes_s * count, node.host.flops * count)
-
-
-def _shard(shard: Mapping[str, Any], nodes: Mapping[str, Node]) -> SimShard:
-    workers = []
-    for name in shard["nodes"]:
-        chip = nodes[name].gpu if shard["device"] == "gpu" else nodes[name].host
-        assert chip is not None
-        workers += [(name, chip)] * (shard["replicas"] // len(shard["nodes"]))
-    (first_layer, end_layer), (first_expert, end_expert) = shard["layers"], shard["experts"]
-    return SimShard(first_layer, end_layer, first_expert, end_expert, tuple(workers))
-
-
-def _yaml(path: Path, option: str) -> Any:
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except OSError as error:
-        raise ConfigError(f"{option}: cannot read {path}: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
 
 
 def _progress(duration_s: float) -> Callable[[float], None]:

@@ -20,7 +20,7 @@ from cluster.roofline import dense_seconds, expert_seconds
 from cluster.simulation import SimCluster, SimShard, simulate
 from cluster.workload import Workload
 from ops.bench.constants import costs_of
-from ops.simulate import read_plan
+from ops.plan_file import read_plan
 
 Run = Mapping[str, Any]
 

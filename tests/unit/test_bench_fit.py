@@ -9,7 +9,7 @@ from cluster.workload import Workload
 from ops.bench.constants import constants, costs_of
 from ops.bench.fit import comparison, divided, fit, read_runs
 from ops.cli import main
-from ops.simulate import read_plan
+from ops.plan_file import read_plan
 
 
 @pytest.fixture
