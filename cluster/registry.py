@@ -7,11 +7,11 @@ routing table itself is Membership's.
 from __future__ import annotations
 
 import enum
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from cluster.accusations import USELESS, Accusations, condemns
 from cluster.blame import Cause
 from cluster.errors import ConfigError
 from cluster.events import EventLog
@@ -21,16 +21,6 @@ from cluster.routing import Replica, ReplicaState, Role, RoutingTable
 
 # A spare stays until a primary of its shard has been there for so long: not to leave with the next crash.
 _RELEASE_AFTER_S = 2.0
-_ACCUSATIONS_KEPT_S = 60.0
-# So many accusations within that time, and the replica has to go. Silence is judged by the worker's own parent.
-_CONDEMNED_BY = {
-    Cause.REFUSED: 1,
-    Cause.WRONG_SECRET: 1,
-    Cause.UNREACHABLE: 3,
-    Cause.MALFORMED: 3,
-    Cause.NOT_FINITE: 3,
-    Cause.FAILED: 5,
-}
 
 
 class Answer(enum.Enum):
@@ -107,7 +97,7 @@ class Registry:
         self._workers: dict[str, Worker] = {}
         self._spares: dict[str, Spare] = {}
         self._engines: dict[str, Engine] = {}
-        self._accusations: deque[tuple[float, str, str, Cause]] = deque(maxlen=10_000)
+        self._accusations = Accusations()
         self.events = EventLog(wall_s - now_s)
         self.outages = Outages()
         self._served: set[int] = set()  # shards that had a worker once
@@ -218,15 +208,12 @@ class Registry:
         if replica is None:
             return
         self.note("worker_suspected", replica_id, f"{cause.value}, says {engine_id}", now_s)
-        accusations = self._accusations
-        accusations.append((now_s, engine_id, replica_id, cause))
-        while now_s - accusations[0][0] > _ACCUSATIONS_KEPT_S:
-            accusations.popleft()
-        if self._is_engines_fault(engine_id, cause):
+        count = self._accusations.add(engine_id, replica_id, cause, now_s)
+        present = [r.replica_id for r in self.table.replicas if r.state is not ReplicaState.GONE]
+        if self._accusations.is_engines_fault(engine_id, cause, present):
             self.note("engine_blamed", engine_id, f"accuses most workers of being {cause.value}", now_s)
             return
-        count = sum(name == replica_id and why is cause for _, _, name, why in accusations)
-        if count < _CONDEMNED_BY.get(cause, 1 << 30) or replica.state is not ReplicaState.ONLINE:
+        if not condemns(cause, count) or replica.state is not ReplicaState.ONLINE:
             return
         if self._is_needed(replica, cause):
             self.note(
@@ -239,14 +226,7 @@ class Registry:
     def _is_needed(self, replica: Replica, cause: Cause) -> bool:
         """It is better than nothing while other replicas of its shard are on their way."""
         online = sum(r.shard_id == replica.shard_id and r.state is ReplicaState.ONLINE for r in self.table.replicas)
-        serves = cause not in (Cause.REFUSED, Cause.WRONG_SECRET, Cause.UNREACHABLE)
-        return serves and online == 1 and self._wanted[replica.shard_id] > 1
-
-    def _is_engines_fault(self, engine_id: str, cause: Cause) -> bool:
-        present = [r.replica_id for r in self.table.replicas if r.state is not ReplicaState.GONE]
-        accused = {name for _, engine, name, why in self._accusations if engine == engine_id and why is cause}
-        others = {engine for _, engine, _, why in self._accusations if why is cause} - {engine_id}
-        return len(present) > 2 and not others and 2 * len(accused.intersection(present)) > len(present)
+        return cause not in USELESS and online == 1 and self._wanted[replica.shard_id] > 1
 
     # -- spares ---------------------------------------------------------------------------------------------------
 
