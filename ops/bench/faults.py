@@ -94,16 +94,17 @@ def run_row(
         _flow(load, 1)
         calm_s = time.monotonic()
         _flow(load, 2)
-        struck_s = time.monotonic()
+        strikes_s: list[float] = []
         times_s: list[float] = []
         for _ in range(rounds):
             for victim in victims(fault, cluster.status())[: most_strikes - len(times_s)]:
+                strikes_s.append(time.monotonic())
                 times_s.append(ordeal.undergo(victim, load, relief))
         whole_s = time.monotonic()
         if not relief:
             _flow(load, 1)
     problems = [f"{check['subject']}: {check['text']}" for check in cluster.check_integrity() if not check["ok"]]
-    window = Window(calm_s, struck_s, whole_s, max(times_s), len(times_s))
+    window = Window(calm_s, tuple(strikes_s), whole_s, max(times_s))
     return make_row(fault, streams, window, load.answers, expected, [*ordeal.problems, *problems])
 
 
@@ -286,8 +287,8 @@ def _words(row: Row) -> str:
     verdict = "as promised" if row.is_as_promised else "NOT as promised"
     return (
         f"{row.fault}, {row.streams} streams: {row.failed} of {row.requests} failed, {row.changed} changed, "
-        f"longest gap {row.gap_s:.2f} s ({row.calm_gap_s:.2f} s without), whole again after {row.recovered_s:.1f} s: "
-        f"{verdict}"
+        f"longest gap {row.calm_gap_s:.2f} s before, {row.fault_gap_s:.2f} s at the fault, {row.gap_s:.2f} s in all, "
+        f"whole again after {row.recovered_s:.1f} s: {verdict}"
     )
 
 

@@ -2,89 +2,16 @@
 
 import http.client
 import json
-import os
-import signal
-import threading
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from dataclasses import dataclass
-from itertools import pairwise
 
 import pytest
 
-from tests import golden
-from tests.serving import REPLICATED, Serving, wait_until
+from tests.serving import Serving, wait_until
+from tests.streams import STREAMS, Answer, Load, ask, completion, replicas, status
 
 pytestmark = pytest.mark.timeout(600)
-
-CASE = golden.load("mixtral-tiny")[0]
-NUM_TOKENS = 160
-SPARE_TAKES_S = 3.0
-STREAMS = 4
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One streamed answer: its text, piece by piece, and the longest pause between two pieces."""
-
-    pieces: tuple[str, ...]
-    longest_gap_s: float
-
-
-def ask(serving: Serving, num_tokens: int = NUM_TOKENS) -> Answer:
-    """A greedy streamed completion. Raises for anything but a complete answer."""
-    pieces, times_s = [], []
-    with urllib.request.urlopen(completion(serving, num_tokens), timeout=120) as response:
-        for line in response:
-            if line.startswith(b"data: {"):
-                times_s.append(time.monotonic())
-                event = json.loads(line[6:])
-                assert "error" not in event, event
-                pieces.append(event["choices"][0]["text"])
-    assert line.strip() in (b"data: [DONE]", b"") and len(pieces) == num_tokens
-    return Answer(tuple(pieces), max(b - a for a, b in pairwise(times_s)))
-
-
-def completion(serving: Serving, num_tokens: int, stream: bool = True) -> urllib.request.Request:
-    body = {"model": serving.model, "prompt": CASE.prompt, "max_tokens": num_tokens, "temperature": 0}
-    data = json.dumps({**body, "ignore_eos": True, "stream": stream}).encode()
-    return urllib.request.Request(f"{serving.url}/v1/completions", data, {"Content-Type": "application/json"})
-
-
-class Load:
-    """Streams that ask again and again until stopped. An answer that fails ends its stream and is kept as an error."""
-
-    def __init__(self, serving: Serving) -> None:
-        self.answers: list[Answer] = []
-        self.errors: list[Exception] = []
-        self._serving = serving
-        self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._run) for _ in range(STREAMS)]
-        for thread in self._threads:
-            thread.start()
-
-    def _run(self) -> None:
-        try:
-            while not self._stop.is_set():
-                self.answers.append(ask(self._serving))
-        except Exception as error:
-            self.errors.append(error)
-
-    def stop(self) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-
-
-def status(serving: Serving) -> dict:
-    return serving.ask("control", method="status")
-
-
-def replicas(serving: Serving, shard: int, role: str = "primary") -> list[dict]:
-    found = status(serving)["shards"][shard]["replicas"]
-    return [each for each in found if each["state"] == "online" and each["role"] == role]
 
 
 @pytest.fixture(scope="module")
@@ -145,30 +72,6 @@ def test_a_dead_engine_ends_its_requests_with_an_error_and_is_replaced(replicate
     assert ask(replicated).pieces == undisturbed.pieces
     (successor,) = status(replicated)["engines"]
     assert successor["id"] != engine["id"] and successor["state"] == "ready"
-
-
-def test_a_warm_spare_adopts_a_lost_shard_in_the_middle_of_an_answer(serving):
-    serving.deploy({**REPLICATED, "replicas": 1, "spares": 1})
-    wait_until(lambda: [s["state"] for s in status(serving)["spares"]] == ["ready"], "the spare is warm")
-    undisturbed = ask(serving)
-    answers: list[Answer] = []
-    asking = threading.Thread(target=lambda: answers.append(ask(serving)))
-    epoch = status(serving)["epoch"]
-    (victim,) = replicas(serving, 0)
-    asking.start()
-    os.kill(victim["pid"], signal.SIGKILL)
-    asking.join()
-    assert answers[0].pieces == undisturbed.pieces
-    assert answers[0].longest_gap_s < SPARE_TAKES_S
-    assert status(serving)["epoch"] > epoch
-    # The worker comes back, and the spare becomes one again.
-    wait_until(lambda: len(replicas(serving, 0)) == 1, "Serve has started another worker")
-    wait_until(lambda: [s["state"] for s in status(serving)["spares"]] == ["ready"], "the spare is free again")
-    assert replicas(serving, 0, role="spare") == []
-    assert ask(serving).pieces == undisturbed.pieces
-    kinds = [event["kind"] for event in status(serving)["events"]]
-    story = ["worker_lost", "shard_missing", "spare_adopting", "shard_back", "spare_released"]
-    assert [kind for kind in kinds if kind in story] == story
 
 
 def _answers(serving: Serving) -> bool:

@@ -16,7 +16,7 @@ from tests.serving import Serving, wait_until
 
 pytestmark = pytest.mark.timeout(300)
 
-OUTPUT_TOKENS = 24
+OUTPUT_TOKENS = 16
 MANY = 32
 # What the faults that are noticed at once may cost in a stream, beyond what it waits without them.
 EXTRA_GAP_S = {Fault.SIGKILL: 0.3, Fault.SIGSTOP: 1.5}
@@ -82,7 +82,7 @@ def test_a_fault_under_many_streams_is_not_noticed(cluster, question, expected, 
         assert row.extra_gap_s < EXTRA_GAP_S[fault] + SLACK_S, row
 
 
-@pytest.mark.parametrize("fault", [Fault.SIGKILL, Fault.NOT_FINITE, Fault.DROPPED_REPLY], ids=lambda fault: fault.value)
+@pytest.mark.parametrize("fault", [Fault.SIGKILL, Fault.DROPPED_REPLY], ids=lambda fault: fault.value)
 def test_a_fault_under_one_stream_is_not_noticed(cluster, question, expected, fault):
     check(run_row(cluster, question, expected, fault, streams=1, most_strikes=1))
 

@@ -1,0 +1,1 @@
+"""Single Serve deployments on a plain Ray. A package, so that its Ray ends with it."""

@@ -1,0 +1,1 @@
+"""HTTP, as a user talks it. A package, so that its Ray ends with it."""
