@@ -37,11 +37,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize(
     ("name", "workers"),
     [
-        ("mixtral-tiny", 1),
         ("mixtral-tiny", 4),
         ("qwen3moe-tiny", 2),
         ("gptoss-tiny", 2),
-        ("grok2-tiny", 4),
+        ("grok2-tiny", 2),
         ("grok1-m2", 2),
     ],
 )

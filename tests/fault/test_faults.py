@@ -17,6 +17,10 @@ from tests.serving import Serving, wait_until
 pytestmark = pytest.mark.timeout(300)
 
 OUTPUT_TOKENS = 16
+# A worker that is blamed is replaced in the same way whatever for: one such fault stands for all of them here;
+# `switchyard bench faults` does each, and tests/unit/test_sabotage.py shows that each is noticed for what it is.
+LIKE_NOT_FINITE = {Fault.WRONG_SHAPE, Fault.WRONG_SECRET, Fault.WRONG_MODEL}
+FAULTS = [fault for fault in Fault if fault not in LIKE_NOT_FINITE]
 MANY = 32
 # What the faults that are noticed at once may cost in a stream, beyond what it waits without them.
 EXTRA_GAP_S = {Fault.SIGKILL: 0.3, Fault.SIGSTOP: 1.5}
@@ -72,7 +76,7 @@ def check(row: Row) -> None:
     assert row.is_as_promised, said
 
 
-@pytest.mark.parametrize("fault", Fault, ids=lambda fault: fault.value)
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.value)
 def test_a_fault_under_many_streams_is_not_noticed(cluster, question, expected, before, fault):
     row = run_row(cluster, question, expected, fault, streams=MANY, most_strikes=1, relief=True)
     check(row)
@@ -82,9 +86,8 @@ def test_a_fault_under_many_streams_is_not_noticed(cluster, question, expected, 
         assert row.extra_gap_s < EXTRA_GAP_S[fault] + SLACK_S, row
 
 
-@pytest.mark.parametrize("fault", [Fault.SIGKILL, Fault.DROPPED_REPLY], ids=lambda fault: fault.value)
-def test_a_fault_under_one_stream_is_not_noticed(cluster, question, expected, fault):
-    check(run_row(cluster, question, expected, fault, streams=1, most_strikes=1))
+def test_a_lost_answer_under_one_stream_is_not_noticed(cluster, question, expected):
+    check(run_row(cluster, question, expected, Fault.DROPPED_REPLY, streams=1, most_strikes=1))
 
 
 def test_after_all_faults_nothing_has_leaked(serving, before):

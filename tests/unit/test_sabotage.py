@@ -45,7 +45,7 @@ def test_there_is_an_expectation_for_every_fault_of_a_worker():
 @pytest.mark.parametrize("fault", BLAMED_FOR, ids=lambda fault: fault.value)
 def test_no_call_is_lost_and_the_cause_is_named(things, fault, tcp):
     bad, good = make_worker(things, tcp, server=SabotagedServer), make_worker(things, tcp)
-    engine = Engine(things)
+    engine = Engine(things, attempt_timeout_s=1.0)
     engine.adopt(bad.replica("bad"), good.replica("good"))
     for _ in range(10):
         engine.call()
