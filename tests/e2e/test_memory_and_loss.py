@@ -53,20 +53,6 @@ def _private_bytes(serving: Serving, name: str) -> list[int]:
     return sorted(found)
 
 
-def test_engines_hold_no_expert_and_each_worker_its_share(serving: Serving, tmp_path: Path) -> None:
-    model = tmp_path / "random-mixtral"
-    make_model(model, SHAPE)
-    deploy(serving, SMALL, workers=2)
-    engine_before = private_bytes(serving, "VLLM::Worker", count=1)
-    worker_before = private_bytes(serving, "model.worker_main", count=2)
-    deploy(serving, model, workers=2)
-    engine_after = private_bytes(serving, "VLLM::Worker", count=1)
-    worker_after = private_bytes(serving, "model.worker_main", count=2)
-    assert engine_after[0] - engine_before[0] < 0.2 * EXPERT_BYTES
-    for before, after in zip(worker_before, worker_after, strict=True):
-        assert 0.45 * EXPERT_BYTES < after - before < 0.75 * EXPERT_BYTES
-
-
 def test_a_request_outlives_the_only_worker_of_its_experts(serving: Serving) -> None:
     deploy(serving, SMALL, workers=2)
     undisturbed = complete(serving, num_tokens=48)
@@ -83,6 +69,20 @@ def test_a_request_outlives_the_only_worker_of_its_experts(serving: Serving) -> 
     table_after = serving.ask("status")["table"]
     assert victim not in [replica["pid"] for replica in table_after["replicas"]]
     assert table_after["epoch"] > table["epoch"]
+
+
+def test_engines_hold_no_expert_and_each_worker_its_share(serving: Serving, tmp_path: Path) -> None:
+    model = tmp_path / "random-mixtral"
+    make_model(model, SHAPE)
+    deploy(serving, SMALL, workers=2)
+    engine_before = private_bytes(serving, "VLLM::Worker", count=1)
+    worker_before = private_bytes(serving, "model.worker_main", count=2)
+    deploy(serving, model, workers=2)
+    engine_after = private_bytes(serving, "VLLM::Worker", count=1)
+    worker_after = private_bytes(serving, "model.worker_main", count=2)
+    assert engine_after[0] - engine_before[0] < 0.2 * EXPERT_BYTES
+    for before, after in zip(worker_before, worker_after, strict=True):
+        assert 0.45 * EXPERT_BYTES < after - before < 0.75 * EXPERT_BYTES
 
 
 def test_an_engine_outlives_the_time_without_experts(serving: Serving) -> None:
