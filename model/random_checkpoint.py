@@ -7,6 +7,7 @@ norms, near 1 and all different, because a conversion takes equal files for copi
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +18,7 @@ from model.ckpt0_encoding import ArraySpec, Part, part_bytes
 from model.conversion import Progress
 from model.safetensors_writer import SafetensorsWriter, TensorEntry, header_bytes, write_json
 
-SLAB_NUMBERS = 1 << 24
+SLAB_NUMBERS = 1 << 24  # 64 MiB of float32
 INDEX_FILE = "model.safetensors.index.json"
 _BF16_BYTES = 2
 _NORM_STD = 0.05
@@ -66,7 +67,7 @@ class RandomCheckpoint:
             write_json(folder / INDEX_FILE, self.index)
         counter = _Counter(self.num_bytes, len(self.files), progress)
         for file in self.files:
-            file.write(folder, generator, lambda num_bytes, name=file.name: counter.add(num_bytes, name))
+            file.write(folder, generator, partial(counter.add, file.name))
             counter.finish(file.name)
 
 
@@ -80,7 +81,7 @@ class _Counter:
         self._done_bytes = self._num_files_done = 0
         self._report("config.json")
 
-    def add(self, num_bytes: int, name: str) -> None:
+    def add(self, name: str, num_bytes: int) -> None:
         self._done_bytes += num_bytes
         self._report(name)
 

@@ -14,7 +14,14 @@ from cluster.errors import ConfigError
 from model.catalog import known_config
 from model.ckpt0_encoding import Part, float_parts, quantised_parts
 from model.ckpt0_layout import LAYER_FILES, OUTER_FILES, Ckpt0Sizes, converted_config
-from model.grok_spec import ARCHITECTURE, GrokSpec, check_spec, parse_spec
+from model.grok_spec import (
+    ARCHITECTURE,
+    GROK2_ATTENTION_CAP,
+    GROK2_ROUTER_CAP,
+    GrokSpec,
+    check_spec,
+    parse_spec,
+)
 from model.grok_tensors import Shapes, expected_shapes, hub_file_number
 from model.random_checkpoint import Ckpt0File, RandomCheckpoint, SafetensorsFile, hub_checkpoint
 from model.tp_shards import cut_dimension
@@ -38,7 +45,8 @@ def grok_checkpoint(name: str, layout: str, sizes: Mapping[str, int]) -> RandomC
 
 def resized(spec: GrokSpec, sizes: Mapping[str, int]) -> GrokSpec:
     """The model with other sizes, and the multipliers that belong to them. Raises ConfigError."""
-    changed = dataclasses.replace(spec, **sizes)
+    fields: dict[str, Any] = dict(sizes)
+    changed = dataclasses.replace(spec, **fields)
     changed = dataclasses.replace(
         changed,
         mlp_size=spec.mlp_size * changed.expert_size // spec.expert_size,
@@ -125,8 +133,8 @@ def _grok2_config(spec: GrokSpec) -> dict[str, Any]:
         "rms_norm_eps": spec.rms_norm_eps,
         "embedding_multiplier_scale": spec.embedding_multiplier,
         "output_multiplier_scale": 0.5,
-        "attn_logit_softcapping": 30.0,
-        "router_logit_softcapping": 30.0,
+        "attn_logit_softcapping": GROK2_ATTENTION_CAP,
+        "router_logit_softcapping": GROK2_ROUTER_CAP,
         "final_logit_softcapping": 50,
         "attn_temperature_len": 1024,
         "rope_theta": 208533496,

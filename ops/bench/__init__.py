@@ -22,7 +22,7 @@ Measure Switchyard against colocated vLLM on this machine.
 """
 
 COMMANDS = {
-    "make-model": (make_model, "write a checkpoint of random weights: a small Mixtral, or Grok at full width"),
+    "make-model": (make_model, "write a checkpoint with random weights"),
     "compare": (compare, "measure colocated vLLM and Switchyard, and print their ratios"),
     "faults": (faults, "kill, freeze and corrupt processes of a cluster under load, and print what users noticed"),
     "soak": (soak, "random faults under load for a long time, and what has leaked after it"),

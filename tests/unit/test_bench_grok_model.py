@@ -186,7 +186,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_a_full_disk_is_noticed_before_writing(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
     assert make(tmp_path / "model", "--shape", "grok-1", "--layers", "1") == 2
-    assert "has 0.00 GB left, the checkpoint needs 8.24 GB" in capsys.readouterr().err
+    assert "has 0.00 GB left, the checkpoint needs 8.21 GB" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
