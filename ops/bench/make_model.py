@@ -211,19 +211,22 @@ def make_model(destination: Path, shape: ModelShape, seed: int = 0) -> None:
 def write_checkpoint(destination: Path, checkpoint: "RandomCheckpoint", seed: int) -> None:
     """Write the checkpoint into `destination`, a folder that must not exist yet (or be empty).
 
-    It appears under its name only when complete. Raises ConfigError where it would overwrite or the disk is too small.
+    It appears under its name only when complete. Raises ConfigError where it would overwrite, the disk is too small or
+    cannot be written.
     """
     if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
         raise ConfigError(f"{destination} exists already. Give a new folder, or remove it first.")
     _check_disk(destination, checkpoint.num_bytes)
     partial = destination.with_name(f".{destination.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         checkpoint.write(partial, seed, ProgressLines(sys.stderr, PROGRESS_S, time.monotonic))
         if checkpoint.vocab_size is not None:
             write_tokenizer(partial, checkpoint.vocab_size)
         partial.rename(destination)
+    except OSError as error:
+        raise ConfigError(f"{error.filename or destination}: {error.strerror}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
