@@ -45,6 +45,13 @@ def find_known(name: str) -> Model | None:
     return next((model for model in known_models() if model.name == name.lower()), None)
 
 
+def known_config(name: str) -> dict[str, Any]:
+    """The published config of a model of the catalog: the fields that decide its sizes."""
+    entries = json.loads(_DATA.read_text(encoding="utf-8"))
+    config: dict[str, Any] = next(entry["config"] for entry in entries if entry["name"] == name)
+    return config
+
+
 def model_at(folder: Path, name: str) -> Model:
     """The checkpoint in `folder` under the name that was asked for, by its config.json alone.
 

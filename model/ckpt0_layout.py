@@ -73,7 +73,9 @@ class Ckpt0:
 
 
 @dataclass(frozen=True)
-class _Sizes:
+class Ckpt0Sizes:
+    """The numbers that the shapes of all files follow from; query and key count values, all heads together."""
+
     vocab: int
     hidden: int
     experts: int
@@ -122,7 +124,9 @@ def inspect_ckpt0(source: Path, config: Mapping[str, Any] | None = None) -> Ckpt
         for name, file in zip(LAYER_FILES, layers[layer], strict=True):
             _check(file, name, f"{name} of layer {layer}", sizes)
     _check_number_of_layers(source, len(layers), sizes, fields)
-    return Ckpt0(outer, tuple(layers[layer] for layer in range(len(layers))), _config(sizes, len(layers), fields))
+    return Ckpt0(
+        outer, tuple(layers[layer] for layer in range(len(layers))), converted_config(sizes, len(layers), fields)
+    )
 
 
 def tensor_paths(source: Path) -> list[Path]:
@@ -145,7 +149,7 @@ def tensor_paths(source: Path) -> list[Path]:
     return [source / name for name in wanted]
 
 
-def _sizes(files: list[TensorFile], fields: Mapping[str, Any]) -> _Sizes:
+def _sizes(files: list[TensorFile], fields: Mapping[str, Any]) -> Ckpt0Sizes:
     """The model's sizes as most files have them, so that a misplaced one is told from the others; or as configured."""
     if len(files[0].values.shape) != 2:
         raise CheckpointError(_misplaced(files[0], OUTER_FILES[0], "2 dimensions"))
@@ -158,7 +162,7 @@ def _sizes(files: list[TensorFile], fields: Mapping[str, Any]) -> _Sizes:
     flat = [file for file in files if len(file.values.shape) == 1]
     hidden = _most_common(_extents(flat, 0), files[0].values.shape[1])
     stacks = [file.values.shape for file in files if len(file.values.shape) == 3]
-    found = _Sizes(
+    found = Ckpt0Sizes(
         vocab=files[0].values.shape[0],
         hidden=hidden,
         experts=_most_common(_extents([*up, *down, *gate_up], 0) + _extents(gate, 1)),
@@ -202,7 +206,7 @@ def _most_common(sizes: list[int], default: int = 1) -> int:
     return Counter(sizes).most_common(1)[0][0] if sizes else default
 
 
-def _check(file: TensorFile, name: str, what: str, sizes: _Sizes) -> None:
+def _check(file: TensorFile, name: str, what: str, sizes: Ckpt0Sizes) -> None:
     shape, scales = sizes.expected(name)
     found = file.scales.shape if file.scales is not None else None
     if (file.values.shape, found) != (shape, scales):
@@ -218,7 +222,7 @@ def _misplaced(file: TensorFile, what: str, expected: str) -> str:
     )
 
 
-def _check_number_of_layers(source: Path, found: int, sizes: _Sizes, fields: Mapping[str, Any]) -> None:
+def _check_number_of_layers(source: Path, found: int, sizes: Ckpt0Sizes, fields: Mapping[str, Any]) -> None:
     is_released = (sizes.vocab, sizes.hidden) == _RELEASED_VOCAB_AND_HIDDEN
     expected = fields.get("num_layers", _RELEASED_LAYERS if is_released else found)
     if found != expected:
@@ -236,7 +240,8 @@ def _check_number_of_layers(source: Path, found: int, sizes: _Sizes, fields: Map
         )
 
 
-def _config(sizes: _Sizes, num_layers: int, fields: Mapping[str, Any]) -> dict[str, Any]:
+def converted_config(sizes: Ckpt0Sizes, num_layers: int, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of the converted model; `fields` are those of RELEASED, or others in their place."""
     head_dim = int(fields["key_size"])
     return {
         "architectures": [ARCHITECTURE],

@@ -73,7 +73,7 @@ def parse_spec(raw: Mapping[str, Any]) -> GrokSpec:
     """
     _refuse_unknown_features(raw)
     spec = _grok2(raw) if _is_grok2(raw) else _grok1(raw)
-    _check(spec)
+    check_spec(spec)
     return spec
 
 
@@ -174,7 +174,8 @@ def grok1_ffn_size(hidden_size: int, widening_factor: float) -> int:
     return size + (8 - size) % 8
 
 
-def _check(spec: GrokSpec) -> None:
+def check_spec(spec: GrokSpec) -> None:
+    """Raises ValueError for sizes and scales that do not go together."""
     if spec.num_heads % spec.num_kv_heads:
         raise ValueError(f"{spec.num_heads} attention heads are not divisible by {spec.num_kv_heads} key-value heads")
     if not 1 <= spec.top_k <= spec.num_experts:

@@ -102,6 +102,10 @@ def _hub_file(name: str, headers: Headers) -> str:
     """Where the missing tensor should have been."""
     if not is_sharded(headers):
         return ""
+    return f" (in xai-org/grok-2: pytorch_model-{hub_file_number(name):05d}-TP-*.safetensors)"
+
+
+def hub_file_number(name: str) -> int:
+    """In which pytorch_model-<number>-TP-*.safetensors xai-org/grok-2 keeps a tensor."""
     stem = name.removesuffix(".weight")
-    number = next(number for number, end in enumerate(_HUB_FILES) if stem.endswith(end))
-    return f" (in xai-org/grok-2: pytorch_model-{number:05d}-TP-*.safetensors)"
+    return next(number for number, end in enumerate(_HUB_FILES) if stem.endswith(end))

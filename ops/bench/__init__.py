@@ -11,6 +11,7 @@ DESCRIPTION = """\
 Measure Switchyard against colocated vLLM on this machine.
 
   switchyard bench make-model /tmp/bench-mixtral       a random Mixtral, 1.4 GB
+  switchyard bench make-model /tmp/grok1-wide --shape grok-1 --layers 1
   switchyard bench compare --model /tmp/bench-mixtral  both sides in turn, three rounds; some minutes
   switchyard bench faults --faults sigkill,sigstop     what users notice when workers die or hang
   switchyard bench layer-call                          what a layer call costs beside the kernel; seconds
@@ -21,7 +22,7 @@ Measure Switchyard against colocated vLLM on this machine.
 """
 
 COMMANDS = {
-    "make-model": (make_model, "write a random Mixtral checkpoint"),
+    "make-model": (make_model, "write a checkpoint with random weights"),
     "compare": (compare, "measure colocated vLLM and Switchyard, and print their ratios"),
     "faults": (faults, "kill, freeze and corrupt processes of a cluster under load, and print what users noticed"),
     "soak": (soak, "random faults under load for a long time, and what has leaked after it"),

@@ -1,8 +1,8 @@
-"""`switchyard bench make-model`: a Mixtral checkpoint with random weights, of the size whose layer calls we measure.
+"""`switchyard bench make-model`: a checkpoint with random weights, a small Mixtral or Grok at its full width.
 
-Written shard by shard, so memory stays at one layer's weights. Weights are N(0, 0.02), which keeps activations of the
-order of one through any number of layers. The tokenizer is byte-level: 256 bytes that encode any text, and made-up
-words for the rest of the vocabulary, so that every token the model samples decodes to something.
+The weights are model/random_checkpoint.py's. The tokenizer is byte-level: 256 bytes that encode any text, and made-up
+words for the rest of the vocabulary, so that every token the model samples decodes to something. (ckpt-0 gets none:
+Grok-1's is a SentencePiece file, and without one prompts and answers are token ids.)
 
 Shapes: D hidden, F expert inner size, E experts, N attention heads, H head dimension, V vocabulary.
 """
@@ -12,18 +12,38 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import ConfigError
+from ops.convert import ProgressLines
 
 if TYPE_CHECKING:
-    import torch
+    from deployments.random_checkpoints import RandomCheckpoint
 
-INIT_STD = 0.02
-BYTES_PER_WEIGHT = 2  # bfloat16
+EXAMPLES = """\
+  switchyard bench make-model /tmp/bench-mixtral
+  switchyard bench make-model /tmp/grok1-wide --shape grok-1 --layers 1    as ckpt-0; then: switchyard convert
+  switchyard bench make-model /tmp/grok2-wide --shape grok-2 --layers 1    as xai-org/grok-2, served as it lies
+"""
+MIXTRAL = "mixtral"
+# shape -> the formats in which it is written, the default first
+FORMATS = {MIXTRAL: ("hf",), "grok-1": ("ckpt-0", "hf"), "grok-2": ("tp8", "hf")}
+# option -> Grok's name of the size (model/grok_spec.py), and what it is
+SIZES = {
+    "hidden": ("hidden_size", "hidden size"),
+    "expert": ("expert_size", "inner size of an expert"),
+    "layers": ("num_layers", "number of layers, all with experts"),
+    "experts": ("num_experts", "number of experts per layer"),
+    "top_k": ("top_k", "experts chosen per token"),
+    "heads": ("num_heads", "attention heads"),
+    "kv_heads": ("num_kv_heads", "key/value heads"),
+    "head_dim": ("head_dim", "size of a head"),
+    "vocab": ("vocab_size", "vocabulary size in tokens"),
+}
+PROGRESS_S = 5.0
 DISK_RESERVE_BYTES = 64 << 20
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
 CHAT_TEMPLATE = (
@@ -45,9 +65,7 @@ class ModelShape:
     vocab: int = 32000
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value < 1:
-                raise ConfigError(f"--{name.replace('_', '-')}: is {value}, must be 1 or more.")
+        check_sizes(vars(self))
         if self.hidden % self.heads:
             raise ConfigError(f"--hidden: {self.hidden} is not a multiple of --heads ({self.heads}).")
         if self.head_dim % 2:
@@ -56,13 +74,20 @@ class ModelShape:
             raise ConfigError(f"--heads: {self.heads} is not a multiple of --kv-heads ({self.kv_heads}).")
         if self.top_k > self.experts:
             raise ConfigError(f"--top-k: {self.top_k} is more than --experts ({self.experts}).")
-        least = 256 + len(SPECIAL_TOKENS)
-        if self.vocab < least:
-            raise ConfigError(f"--vocab: is {self.vocab}, must be {least} or more: 256 bytes and the special tokens.")
 
     @property
     def head_dim(self) -> int:
         return self.hidden // self.heads
+
+
+def check_sizes(sizes: Mapping[str, int]) -> None:
+    """Raises ConfigError for a size (by its name in SIZES) that no model can have."""
+    for name, value in sizes.items():
+        if value < 1:
+            raise ConfigError(f"{_option(name)}: is {value}, must be 1 or more.")
+    least = 256 + len(SPECIAL_TOKENS)
+    if sizes.get("vocab", least) < least:
+        raise ConfigError(f"--vocab: is {sizes['vocab']}, must be {least} or more: 256 bytes and the special tokens.")
 
 
 TensorShapes = dict[str, tuple[int, ...]]
@@ -98,18 +123,6 @@ def _layer_tensors(shape: ModelShape, layer: int) -> TensorShapes:
     return {prefix + name: size for name, size in tensors.items()}
 
 
-def num_weights(tensors: TensorShapes) -> int:
-    """How many numbers these tensors hold."""
-    return sum(_product(size) for size in tensors.values())
-
-
-def _product(size: tuple[int, ...]) -> int:
-    result = 1
-    for extent in size:
-        result *= extent
-    return result
-
-
 def config_json(shape: ModelShape) -> dict[str, Any]:
     """config.json as transformers writes it for MixtralForCausalLM."""
     return {
@@ -131,7 +144,7 @@ def config_json(shape: ModelShape) -> dict[str, Any]:
         "rope_theta": 10000.0,
         "sliding_window": None,
         "attention_dropout": 0.0,
-        "initializer_range": INIT_STD,
+        "initializer_range": 0.02,
         "tie_word_embeddings": False,
         "output_router_logits": False,
         "router_aux_loss_coef": 0.001,
@@ -183,75 +196,49 @@ def write_tokenizer(folder: Path, num_tokens: int) -> None:
     _write_json(folder / "tokenizer_config.json", settings)
 
 
-def _random_shard(tensors: TensorShapes, generator: "torch.Generator") -> dict[str, "torch.Tensor"]:
-    import torch
+def mixtral_checkpoint(shape: ModelShape) -> "RandomCheckpoint":
+    """The Mixtral of that shape, not yet written."""
+    from deployments.random_checkpoints import hub_checkpoint
 
-    weights = {}
-    for name, size in tensors.items():
-        if name.endswith("norm.weight"):
-            weights[name] = torch.ones(size, dtype=torch.bfloat16)
-        else:
-            weights[name] = (torch.randn(size, generator=generator) * INIT_STD).to(torch.bfloat16)
-    return weights
-
-
-def write_weights(folder: Path, shape: ModelShape, seed: int) -> Iterator[tuple[int, int]]:
-    """Writes the safetensors files and their index; yields (bytes written, bytes in all) after each file."""
-    import torch
-    from safetensors.torch import save_file
-
-    plan = shard_plan(shape)
-    total_bytes = BYTES_PER_WEIGHT * sum(map(num_weights, plan))
-    generator = torch.Generator().manual_seed(seed)
-    weight_map: dict[str, str] = {}
-    written_bytes = 0
-    for number, tensors in enumerate(plan):
-        file = f"model-{number + 1:05d}-of-{len(plan):05d}.safetensors"
-        save_file(_random_shard(tensors, generator), folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(0o644)  # save_file leaves it readable by its owner alone
-        weight_map |= dict.fromkeys(tensors, file)
-        written_bytes += BYTES_PER_WEIGHT * num_weights(tensors)
-        yield written_bytes, total_bytes
-    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-    _write_json(folder / "model.safetensors.index.json", index)
+    return hub_checkpoint(shard_plan(shape), config_json(shape), shape.vocab)
 
 
 def make_model(destination: Path, shape: ModelShape, seed: int = 0) -> None:
+    """Write a random Mixtral into `destination`; see write_checkpoint."""
+    write_checkpoint(destination, mixtral_checkpoint(shape), seed)
+
+
+def write_checkpoint(destination: Path, checkpoint: "RandomCheckpoint", seed: int) -> None:
     """Write the checkpoint into `destination`, a folder that must not exist yet (or be empty).
 
-    It appears under its name only when complete. Raises ConfigError where it would overwrite or the disk is too small.
+    It appears under its name only when complete. Raises ConfigError where it would overwrite, the disk is too small or
+    cannot be written.
     """
     if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
         raise ConfigError(f"{destination} exists already. Give a new folder, or remove it first.")
-    _check_disk(destination, shape)
+    _check_disk(destination, checkpoint.num_bytes)
     partial = destination.with_name(f".{destination.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
-        _write_all(partial, shape, seed)
+        partial.mkdir(parents=True)
+        checkpoint.write(partial, seed, ProgressLines(sys.stderr, PROGRESS_S, time.monotonic))
+        if checkpoint.vocab_size is not None:
+            write_tokenizer(partial, checkpoint.vocab_size)
         partial.rename(destination)
+    except OSError as error:
+        raise ConfigError(f"{error.filename or destination}: {error.strerror}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_all(folder: Path, shape: ModelShape, seed: int) -> None:
-    started = time.monotonic()
-    _write_json(folder / "config.json", config_json(shape))
-    write_tokenizer(folder, shape.vocab)
-    for written_bytes, total_bytes in write_weights(folder, shape, seed):
-        elapsed_s = time.monotonic() - started
-        progress = f"  {written_bytes / 1e9:.2f} of {total_bytes / 1e9:.2f} GB, {elapsed_s:.0f} s"
-        print(progress, file=sys.stderr, flush=True)
-
-
-def _check_disk(destination: Path, shape: ModelShape) -> None:
-    needed_bytes = BYTES_PER_WEIGHT * sum(map(num_weights, shard_plan(shape))) + DISK_RESERVE_BYTES
+def _check_disk(destination: Path, checkpoint_bytes: int) -> None:
+    needed_bytes = checkpoint_bytes + DISK_RESERVE_BYTES
     existing = next(folder for folder in destination.absolute().parents if folder.exists())
     free_bytes = shutil.disk_usage(existing).free
     if free_bytes < needed_bytes:
         raise ConfigError(
             f"{existing} has {free_bytes / 1e9:.2f} GB left, the checkpoint needs {needed_bytes / 1e9:.2f} GB. "
-            "Make room, or write it elsewhere."
+            "Make room, write it elsewhere, or give fewer --layers."
         )
 
 
@@ -261,28 +248,55 @@ def _write_json(path: Path, content: Any) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `switchyard bench make-model`."""
-    default = ModelShape()
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = EXAMPLES
     parser.add_argument("destination", type=Path, metavar="DST", help="new folder for the checkpoint")
-    texts = {
-        "hidden": "hidden size",
-        "expert": "inner size of an expert",
-        "layers": "number of layers, all with experts",
-        "experts": "number of experts per layer",
-        "top_k": "experts chosen per token",
-        "heads": "attention heads",
-        "kv_heads": "key/value heads",
-        "vocab": "vocabulary size in tokens",
-    }
-    for name, text in texts.items():
-        option = "--" + name.replace("_", "-")
-        parser.add_argument(option, type=int, default=getattr(default, name), metavar="N", help=f"{text} (%(default)s)")
+    parser.add_argument(
+        "--shape",
+        choices=tuple(FORMATS),
+        default=MIXTRAL,
+        help="mixtral: a small one, for benchmarks. grok-1, grok-2: with the released dimensions (%(default)s)",
+    )
+    parser.add_argument(
+        "--format",
+        choices=tuple(dict.fromkeys(name for formats in FORMATS.values() for name in formats)),
+        help="ckpt-0: Grok-1 as released. tp8: Grok-2 as released, experts in eight parts. "
+        "hf: Hugging Face's, one bfloat16 file per layer (default: as released)",
+    )
+    defaults = vars(ModelShape())
+    for name, (_, text) in SIZES.items():
+        default = defaults.get(name, "hidden / heads")
+        help_text = f"{text} (mixtral: {default}, Grok: as released)"
+        parser.add_argument(_option(name), type=int, metavar="N", help=help_text)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random weights (%(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit status of `switchyard bench make-model`."""
-    shape = ModelShape(**{name: getattr(args, name) for name in vars(ModelShape())})
-    print(f"Writing a random Mixtral checkpoint to {args.destination}", file=sys.stderr, flush=True)
-    make_model(args.destination, shape, args.seed)
+    checkpoint = _checkpoint(args)
+    size = f"{checkpoint.num_bytes / 1e9:.2f} GB"
+    print(f"Writing a random {args.shape}, {size}, to {args.destination}", file=sys.stderr, flush=True)
+    write_checkpoint(args.destination, checkpoint, args.seed)
     print(args.destination)
     return 0
+
+
+def _checkpoint(args: argparse.Namespace) -> "RandomCheckpoint":
+    """What the options ask for. Raises ConfigError for a format or sizes that the shape does not have."""
+    formats = FORMATS[args.shape]
+    layout = args.format or formats[0]
+    if layout not in formats:
+        raise ConfigError(f"--format: {args.shape} is written as {' or '.join(formats)}, not as {layout}.")
+    sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
+    if args.shape == MIXTRAL:
+        if "head_dim" in sizes:
+            raise ConfigError("--head-dim: is for Grok; a head of Mixtral has --hidden / --heads values.")
+        return mixtral_checkpoint(ModelShape(**sizes))
+    check_sizes(sizes)
+    from deployments.random_checkpoints import grok_checkpoint
+
+    return grok_checkpoint(args.shape, layout, {SIZES[name][0]: value for name, value in sizes.items()})
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
