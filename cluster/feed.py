@@ -184,7 +184,8 @@ class TableFeed:
                 self._end(subscriber)
             self._selector.close()
             self._listener.close()
-            os.close(self._wake)
+            with self._lock:  # close() is about to ring it when this thread has seen the flag sooner
+                os.close(self._wake)
 
     def _accept(self) -> None:
         try:

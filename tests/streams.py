@@ -17,9 +17,9 @@ STREAMS = 4
 
 @dataclass(frozen=True)
 class Answer:
-    """One streamed answer: its text, piece by piece, and the longest pause between two pieces."""
+    """One streamed answer: its text, and the longest pause between two pieces of it."""
 
-    pieces: tuple[str, ...]
+    text: str
     longest_gap_s: float
 
 
@@ -33,8 +33,8 @@ def ask(serving: Serving, num_tokens: int = NUM_TOKENS) -> Answer:
                 event = json.loads(line[6:])
                 assert "error" not in event, event
                 pieces.append(event["choices"][0]["text"])
-    assert line.strip() in (b"data: [DONE]", b"") and len(pieces) == num_tokens
-    return Answer(tuple(pieces), max(b - a for a, b in pairwise(times_s)))
+    assert line.strip() in (b"data: [DONE]", b"") and event["choices"][0]["finish_reason"] == "length"
+    return Answer("".join(pieces), max(b - a for a, b in pairwise(times_s)))
 
 
 def completion(serving: Serving, num_tokens: int, stream: bool = True) -> urllib.request.Request:

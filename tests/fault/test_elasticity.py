@@ -41,7 +41,7 @@ def test_drained_scaled_and_restarted_under_load_nobody_notices(replicated, undi
         load.stop()
     assert load.errors == []
     assert len(load.answers) > STREAMS
-    assert {answer.pieces for answer in load.answers} == {undisturbed.pieces}
+    assert {answer.text for answer in load.answers} == {undisturbed.text}
     integrity = replicated.ask("control", method="check_integrity")
     assert len(integrity) == 5 and all(each["ok"] for each in integrity), integrity
 
@@ -69,7 +69,7 @@ def test_a_dead_engine_ends_its_requests_with_an_error_and_is_replaced(replicate
     assert refused.value.code == 503 and int(refused.value.headers["Retry-After"]) > 0
     assert json.loads(refused.value.read())["error"]["type"] == "ServiceUnavailableError"
     wait_until(lambda: _answers(replicated), "another engine serves")
-    assert ask(replicated).pieces == undisturbed.pieces
+    assert ask(replicated).text == undisturbed.text
     (successor,) = status(replicated)["engines"]
     assert successor["id"] != engine["id"] and successor["state"] == "ready"
 

@@ -24,8 +24,8 @@ FAULTS = [fault for fault in Fault if fault not in LIKE_NOT_FINITE]
 MANY = 32
 # What the faults that are noticed at once may cost in a stream, beyond what it waits without them.
 EXTRA_GAP_S = {Fault.SIGKILL: 0.3, Fault.SIGSTOP: 1.5}
-# A machine that is short of cores starts the successor while it serves.
-SLACK_S = 1.0
+# A machine that is short of cores starts the successor while it serves. Without failing over it would be 10 s and more.
+SLACK_S = 4.0
 
 
 class FaultyCluster:
