@@ -179,7 +179,7 @@ class LocalRay:
             "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
             "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
             "RAY_SERVE_HAPROXY_NBTHREAD": "1",
-            # Also what was sent to an engine in the moment in which it ended, unanswered: asking a model twice does no harm.
+            # Also what an engine had not answered at all when it ended: asking a model twice does no harm.
             "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
             "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "5",
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_port),
