@@ -181,7 +181,7 @@ class LocalRay:
             "RAY_SERVE_HAPROXY_NBTHREAD": "1",
             # Also what an engine had not answered at all when it ended: asking a model twice does no harm.
             "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
-            # When engines come or go, Serve replaces haproxy: the old one lives until the streams that it carries have ended.
+            # When engines come or go, Serve replaces haproxy: the old one lives until its streams have ended.
             "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "3600",
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback_port),
         }

@@ -116,7 +116,7 @@ class FaultLoad:
 
     async def _all_streams(self) -> None:
         timeout = aiohttp.ClientTimeout(total=_REQUEST_TIMEOUT_S)
-        # A connection that is kept open may be closed in the moment in which it is used again: each request has its own.
+        # One that is kept open may be closed in the moment in which it is used again: each request has its own.
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session, asyncio.TaskGroup() as group:
             for stream in range(self._streams):
