@@ -79,10 +79,13 @@ def check(row: Row) -> None:
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.value)
 def test_a_fault_under_many_streams_is_not_noticed(cluster, question, expected, before, fault):
     row = run_row(cluster, question, expected, fault, streams=MANY, most_strikes=1, relief=True)
-    check(row)
     if fault is Fault.ENGINE_LOSS:
-        assert row.failed, "there is no other engine"
-    elif fault in EXTRA_GAP_S:
+        assert row.failed and not row.changed and not row.problems, "there is no other engine, and no other harm"
+        # What reaches the engine in the moment in which its process ends may find its connection closed (README.md).
+        assert row.unclean <= 2, row
+        return
+    check(row)
+    if fault in EXTRA_GAP_S:
         assert row.extra_gap_s < EXTRA_GAP_S[fault] + SLACK_S, row
 
 
