@@ -1,13 +1,15 @@
 """Expert workers: replicas of a shard, shadows in host memory, and warm spares.
 
-The experts live in a child process (deployments/worker_process.py); the Serve replica starts it, registers it with the
-router and watches it (deployments/tenure.py). When the child ends, so does the replica, and Serve starts another.
+The experts live in a process of their own (deployments/worker_process.py); the Serve replica starts it, registers it
+with the router and watches it (deployments/tenure.py). When the replica itself ends, Serve starts another.
 """
 
 import asyncio
 import logging
 import os
+import time
 import uuid
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -21,46 +23,38 @@ from cluster.layout import shards_of
 from cluster.routing import Endpoint, Replica, ReplicaState, Role, Shard
 from deployments.cores import allowed_cores, worker_cores
 from deployments.energy import meter_of
-from deployments.tenure import Tenure
-from deployments.worker_process import WorkerProcess, kernel_environment
+from deployments.tenure import End, Tenure
+from deployments.worker_process import WorkerProcess
 
 logger = logging.getLogger("ray.serve")
 
 # A ready spare that the router does not know (any more) says so again after this long.
 _RETRY_S = 1.0
+# A worker that served for less is succeeded after a pause, which grows each time.
+_LASTING_S = 10.0
+_FIRST_PAUSE_S = 0.5
+_LONGEST_PAUSE_S = 30.0
 
 
 class ExpertWorker:
-    """The Serve deployment of one shard's primaries, or of its shadow."""
+    """The Serve deployment of one shard's primaries, or of its shadow.
+
+    A worker process that dies has a successor from the same replica, in about the time that its experts take to load.
+    """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, args: dict[str, Any], shard_id: int, role: Role, router: DeploymentHandle
     ) -> None:
-        settings = _on_this_machine(parse_settings(args))
+        self._settings = _on_this_machine(parse_settings(args))
+        self._shard_id = shard_id
+        self._role = role
         self._router = router
-        self._tenure: Tenure | None = None
-        kind = "experts" if role is Role.PRIMARY else "shadow"
-        self._replica_id = f"{kind}-{shard_id}-{uuid.uuid4().hex[:8]}"
-        self._report("starting")
-        cores = worker_cores(settings, shard_id, allowed_cores())
-        self._process = WorkerProcess(self._report)
-        secrets = await router.secrets.remote()
-        try:
-            await self._process.start(kernel_environment(cores) | _device_environment(settings, shard_id, role))
-            ready = await self._process.load(settings, shard_of(settings, shard_id), len(cores), secrets)
-            replica = _replica(self._replica_id, shard_id, role, self._process.pid, ready)
-            energy = _energy_meter(settings, self._process.pid)
-            self._tenure = Tenure(
-                router, self._process, replica, ready, secrets, settings.worker_lost_after_s, _end, energy
-            )
-            await self._tenure.begin()
-        except BaseException:
-            await self._process.stop()
-            raise
-        self._report("ready")
+        self._succession: asyncio.Task[None] | None = None
+        self._pause_s = 0.0
+        await self._begin()
 
     async def check_health(self) -> None:
-        if self._tenure is not None and self._tenure.is_broken:
+        if self._tenure.is_broken and (self._succession is None or self._succession.done()):
             raise RuntimeError(f"{self._replica_id}: the worker is not watched any more")
 
     async def stats(self) -> dict[str, Any]:
@@ -69,8 +63,45 @@ class ExpertWorker:
 
     async def __del__(self) -> None:
         """Serve calls this once at the end of a graceful stop."""
-        if self._tenure is not None:
-            await self._tenure.end()
+        if self._succession is not None:
+            self._succession.cancel()
+        await self._tenure.end()
+        await self._process.stop()
+
+    async def _begin(self) -> None:
+        settings, shard_id = self._settings, self._shard_id
+        kind = "experts" if self._role is Role.PRIMARY else "shadow"
+        self._replica_id = f"{kind}-{shard_id}-{uuid.uuid4().hex[:8]}"
+        self._report("starting")
+        self._process = WorkerProcess(self._report)
+        try:
+            await self._process.start(_device_environment(settings, shard_id, self._role))
+            self._tenure = await _begin_tenure(
+                self._router, self._process, settings, self._replica_id, shard_id, self._role, self._on_end
+            )
+        except BaseException:
+            await self._process.stop()
+            raise
+        self._began_s = time.monotonic()
+        self._report("ready")
+
+    def _on_end(self, end: End, why: str) -> None:
+        if end is End.DIED:
+            logger.warning("%s: %s; its successor starts", self._replica_id, why)
+            self._succession = asyncio.create_task(self._succeed())
+        else:
+            _end(why)
+
+    async def _succeed(self) -> None:
+        # One that dies as soon as it serves would else be forked for ever, as fast as this machine can.
+        lasted = time.monotonic() - self._began_s > _LASTING_S
+        self._pause_s = 0.0 if lasted else min(max(_FIRST_PAUSE_S, 2 * self._pause_s), _LONGEST_PAUSE_S)
+        await asyncio.sleep(self._pause_s)
+        try:
+            await self._begin()
+        # Whatever it is, a new replica on perhaps another node is what is left to try.
+        except Exception as error:
+            _end(f"a worker's successor did not come up: {error}")
 
     def _report(self, stage: str) -> None:
         """Tell the router what this worker is doing, without waiting."""
@@ -104,9 +135,7 @@ class WarmSpare:
 
     async def _warm_up(self) -> None:
         self._report("importing")
-        # Which shard it will be is not known, so its threads are not bound to that shard's cores.
-        num_threads = len(worker_cores(self._settings, 0, allowed_cores()))
-        await self._process.start(kernel_environment(range(num_threads), bind=False))
+        await self._process.start({})
         await self._process.warm(self._settings)
         await self._router.spare_ready.remote(self._replica_id, self._process.pid, _node())
         self._report("ready")
@@ -135,16 +164,12 @@ class WarmSpare:
                 state = "ready"
 
     async def _adopt(self, shard_id: int) -> None:
-        settings = self._settings
-        num_threads = len(worker_cores(settings, shard_id, allowed_cores()))
-        secrets = await self._router.secrets.remote()
-        ready = await self._process.load(settings, shard_of(settings, shard_id), num_threads, secrets)
-        replica = _replica(self._replica_id, shard_id, Role.SPARE, self._process.pid, ready)
-        energy = _energy_meter(settings, self._process.pid)
-        self._tenure = Tenure(
-            self._router, self._process, replica, ready, secrets, settings.worker_lost_after_s, _end, energy
+        self._tenure = await _begin_tenure(
+            self._router, self._process, self._settings, self._replica_id, shard_id, Role.SPARE, self._on_end
         )
-        await self._tenure.begin()
+
+    def _on_end(self, _: End, why: str) -> None:
+        _end(why)
 
     async def _become_spare_again(self, tenure: Tenure) -> None:
         await tenure.end()
@@ -155,6 +180,26 @@ class WarmSpare:
 
     def _report(self, stage: str) -> None:
         self._router.report.remote(self._replica_id, stage)
+
+
+async def _begin_tenure(
+    router: DeploymentHandle,
+    process: WorkerProcess,
+    settings: Settings,
+    replica_id: str,
+    shard_id: int,
+    role: Role,
+    on_end: Callable[[End, str], None],
+) -> Tenure:
+    """Have the started process load the shard, and enter it in the routing table."""
+    secrets = await router.secrets.remote()
+    cores = worker_cores(settings, shard_id, allowed_cores())
+    ready = await process.load(settings, shard_of(settings, shard_id), cores, secrets)
+    replica = _replica(replica_id, shard_id, role, process.pid, ready)
+    energy = _energy_meter(settings, process.pid)
+    tenure = Tenure(router, process, replica, ready, secrets, settings.worker_lost_after_s, on_end, energy)
+    await tenure.begin()
+    return tenure
 
 
 def _device_environment(settings: Settings, shard_id: int, role: Role) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import enum
 import logging
 import time
 from collections.abc import Callable, Coroutine
@@ -22,8 +23,17 @@ _DRAIN_LIMIT_S = 5.0
 _RETRY_S = 1.0
 
 
+class End(enum.Enum):
+    """How a tenure ended that nobody ended with end()."""
+
+    DIED = "died"
+    """The process ended, or hung and was killed."""
+    DISMISSED = "dismissed"
+    """The router told it to leave; it has."""
+
+
 class Tenure:
-    """From begin() to end(); or until the process ends, hangs or is told to leave: then `on_end(why)` is called.
+    """From begin() to end(); or until the process ends, hangs or is told to leave: then `on_end(end, why)` is called.
 
     With `energy`, heartbeats carry the worker's metrics, that meter's readings among them.
     """
@@ -36,7 +46,7 @@ class Tenure:
         ready: dict[str, Any],
         secrets: Secrets,
         hung_after_s: float,
-        on_end: Callable[[str], None],
+        on_end: Callable[[End, str], None],
         energy: EnergyMeter | None,
     ) -> None:
         self._router = router
@@ -65,15 +75,18 @@ class Tenure:
 
     async def end(self) -> None:
         """Drain, leave the table, stop the process. The other side may be gone: each step does without its blessing."""
-        for task in self._tasks:
-            if task is not asyncio.current_task():
-                task.cancel()
+        self._end_duties()
         with contextlib.suppress(Exception):
             await asyncio.wait_for(self._router.drain.remote(self._replica.replica_id), _DRAIN_LIMIT_S)
         with contextlib.suppress(SwitchyardError, TimeoutError):
             await asyncio.wait_for(self._process.request("drain"), _DRAIN_LIMIT_S)
         await self._leave("drained")
         await self._process.stop()
+
+    def _end_duties(self) -> None:
+        for task in self._tasks:
+            if task is not asyncio.current_task():
+                task.cancel()
 
     async def _register(self) -> None:
         ready = self._ready
@@ -86,8 +99,10 @@ class Tenure:
 
     async def _watch_process(self) -> None:
         status = await self._process.wait()
+        self._end_duties()
         await self._leave(f"its process ended with status {status}")
-        self._on_end(f"the worker process {self._replica.pid} ended with status {status}")
+        await self._process.stop()
+        self._on_end(End.DIED, f"the worker process {self._replica.pid} ended with status {status}")
 
     async def _follow_secrets(self) -> None:
         while True:
@@ -119,7 +134,7 @@ class Tenure:
                 return
             if await self._beat(load, metrics) == "leave":
                 await self.end()
-                self._on_end("told to leave")
+                self._on_end(End.DISMISSED, "told to leave")
                 return
 
     async def _beat(self, load: dict[str, Any], metrics: dict[str, Any] | None) -> str:

@@ -104,13 +104,18 @@ class _IntegerMethod(FusedMoEMethodBase):
         raise NotImplementedError("a worker's layers are not called through vLLM")
 
 
+def import_kernels() -> None:
+    """Load the libraries with vLLM's kernels."""
+    torch.cpu._init_amx()
+    current_platform.import_kernels()
+
+
 def warm_up(model: str, dtype: str) -> None:
     """Do everything that load() does for any shard of `model`, but for the weights: imports, kernels, vLLM's config.
 
     For a spare, to which each of these seconds is one that requests wait for.
     """
-    torch.cpu._init_amx()
-    current_platform.import_kernels()
+    import_kernels()
     config = _vllm_config(model, dtype, 1)
     spec = inspect_checkpoint(model, dtype)
     with set_current_vllm_config(config), _single_process_groups():
@@ -184,9 +189,7 @@ class HostedExperts:
         spec = inspect_checkpoint(model, dtype)
         if spec is None:
             raise CheckpointError(f"{model} has no routed experts: a dense model needs no expert workers")
-        torch.cpu._init_amx()
-        torch.set_num_threads(num_threads)
-        current_platform.import_kernels()
+        import_kernels()
         progress("building the model's skeleton")
         config = _vllm_config(model, dtype, max_tokens)
         with set_current_vllm_config(config), _single_process_groups():

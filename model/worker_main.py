@@ -1,10 +1,10 @@
-"""The process of one expert worker: `python -m model.worker_main`. Experts, kernels and the data plane, nothing else.
+"""The process of one expert worker, forked by model/nursery.py. Experts, kernels and the data plane, nothing else.
 
-A process of its own, because OpenMP takes its thread count, binding and spinning from the environment at start, and
-because no other thread shall hold the interpreter while a layer call waits.
+A process of its own, because no other thread shall hold the interpreter while a layer call waits, and because a crash
+of a kernel shall end no more than this.
 
-Its parent speaks JSON lines. On stdin, first the order (see Order), then commands; on stdout, reports:
-    stdin   {"model", "dtype", "shard": {..}, "secrets": [hex, ..], "num_threads", "max_tokens", "tcp_host", "tls",
+Its replica speaks JSON lines. On stdin, first the order (see Order), then commands; on stdout, reports:
+    stdin   {"model", "dtype", "shard": {..}, "secrets": [hex, ..], "cores": [..], "max_tokens", "tcp_host", "tls",
              "fault_injection"}
             or first {"warm": {"model", "dtype"}}, for a spare: have everything imported, and wait for the order
             {"command": "stats" | "load" | "metrics" | "drain"} or {"command": "secrets", "accepted": [hex, ..]}
@@ -16,15 +16,14 @@ Its parent speaks JSON lines. On stdin, first the order (see Order), then comman
             sound, "expert_tokens": see cluster/expert_load.py}}
             {"metrics": {..}} (cluster/measures.py) {"drained": bool}, false if something taken was not answered in time
             {"secrets": {}}          from now on engines prove one of those
-End of stdin means that the parent is gone or wants it to stop: the worker answers what it has taken and exits.
+End of stdin means that the replica is gone or wants it to stop: the worker answers what it has taken and exits.
 Secrets come by stdin so that they are in no environment, command line or file.
 """
 
-import ctypes
 import dataclasses
 import json
 import os
-import signal
+import select
 import sys
 import threading
 import traceback
@@ -38,7 +37,9 @@ _DRAIN_LIMIT_S = 4.0  # less than the parent waits for the answer (deployments/e
 
 def main() -> int:
     """Load, report, serve until stdin ends. Exit status 0 after serving, 1 when loading failed."""
-    _die_with_parent()
+    loading = threading.Event()
+    loading.set()
+    threading.Thread(target=_end_with_stdin, args=(loading,), daemon=True).start()
     reports = _take_stdout()
 
     def report(**message: Any) -> None:
@@ -54,6 +55,7 @@ def main() -> int:
         traceback.print_exc()
         report(failed=str(error) if isinstance(error, SwitchyardError) else f"{type(error).__name__}: {error}")
         return 1
+    loading.clear()
     report(ready=ready)
     threading.Thread(target=_obey, args=(server, report), daemon=True).start()
     server.serve_forever()
@@ -80,10 +82,13 @@ def _plain(value: Any) -> Any:
     return value.tolist()
 
 
-def _die_with_parent() -> None:
-    """Have the kernel kill this process when its parent dies, however that happens (prctl(2), PR_SET_PDEATHSIG)."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+def _end_with_stdin(loading: threading.Event) -> None:
+    """What loads for minutes reads no stdin, and so would not notice that nobody wants it any more."""
+    poll = select.poll()
+    poll.register(0, 0)  # hang-ups only
+    poll.poll()
+    if loading.is_set():
+        os._exit(1)
 
 
 def _take_stdout() -> TextIO:
@@ -98,13 +103,15 @@ def _load(order: dict[str, Any], progress) -> tuple[Any, dict[str, Any]]:
     from cluster.server import ExpertServer
     from cluster.tls import server_tls
     from model.hosted_experts import HostedExperts
+    from model.kernel_threads import start_kernel_threads
 
+    start_kernel_threads(order["cores"])
     shard = Shard(**{**order["shard"], "experts": tuple(order["shard"]["experts"])})
     hosted = HostedExperts.load(
         order["model"],
         order["dtype"],
         shard,
-        num_threads=order["num_threads"],
+        num_threads=len(order["cores"]),
         max_tokens=order["max_tokens"],
         progress=progress,
     )
@@ -165,9 +172,3 @@ def _fault(server: Any) -> str:
     except IntegrityError as error:
         return str(error)
     return ""
-
-
-if __name__ == "__main__":
-    status = main()
-    sys.stderr.flush()
-    os._exit(status)  # vLLM's end of the interpreter takes two seconds, in which a drained worker keeps its memory

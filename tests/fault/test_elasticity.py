@@ -1,5 +1,6 @@
 """Workers come, go and are replaced while people ask: every answer stays the same, and nobody waits for long."""
 
+import contextlib
 import http.client
 import json
 import urllib.error
@@ -68,7 +69,7 @@ def test_a_dead_engine_ends_its_requests_with_an_error_and_is_replaced(replicate
         urllib.request.urlopen(completion(replicated, 5, stream=False), timeout=60)
     assert refused.value.code == 503 and int(refused.value.headers["Retry-After"]) > 0
     assert json.loads(refused.value.read())["error"]["type"] == "ServiceUnavailableError"
-    wait_until(lambda: _answers(replicated), "another engine serves")
+    wait_until(lambda: _answers(replicated), "another engine serves", limit_s=300.0)
     assert ask(replicated).text == undisturbed.text
     (successor,) = status(replicated)["engines"]
     assert successor["id"] != engine["id"] and successor["state"] == "ready"
@@ -76,10 +77,12 @@ def test_a_dead_engine_ends_its_requests_with_an_error_and_is_replaced(replicate
 
 def _answers(serving: Serving) -> bool:
     host = urllib.parse.urlsplit(serving.url).netloc
-    connection = http.client.HTTPConnection(host, timeout=60)
+    # Where no engine is left, the proxy keeps a request until there is one.
+    connection = http.client.HTTPConnection(host, timeout=300)
     request = completion(serving, 2, stream=False)
-    try:
-        connection.request("POST", "/v1/completions", request.data, dict(request.header_items()))
-        return connection.getresponse().status == 200
-    except ConnectionError:  # it was on its way to the engine in the moment in which that ended
-        return False
+    with contextlib.closing(connection):
+        try:
+            connection.request("POST", "/v1/completions", request.data, dict(request.header_items()))
+            return connection.getresponse().status == 200
+        except ConnectionError:  # it was on its way to the engine in the moment in which that ended
+            return False
