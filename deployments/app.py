@@ -40,6 +40,8 @@ _ROUTER_CALLS = 10_000
 _ENGINE_CALLS = 10_000
 # A start that failed three times will fail again.
 _START_TRIES = 3
+# What only answers calls ends this soon, long polls and all; workers and engines first finish what they have taken.
+_TELLERS_END_S = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +165,7 @@ def _deployment(
         health_check_period_s=2,
         health_check_timeout_s=30,
         graceful_shutdown_wait_loop_s=0.2,
-        graceful_shutdown_timeout_s=10,
+        graceful_shutdown_timeout_s=_TELLERS_END_S if name in (ROUTER_NAME, GATEKEEPER_NAME) else 10,
     )
 
 

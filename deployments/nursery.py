@@ -1,9 +1,15 @@
-"""A node's nursery of worker processes (model/nursery.py), as its Serve replicas use it."""
+"""A node's nursery of worker processes (model/nursery.py), as the node starts it and its Serve replicas use it.
+
+Whoever starts Ray on a node starts the nursery beside it and names it to Ray's processes in the environment. Elsewhere
+(a Ray that somebody else has started) each replica has one of its own: slower to come up, as quick to replace a worker.
+"""
 
 import asyncio
-import hashlib
+import contextlib
+import importlib.util
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -13,10 +19,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cluster.errors import SwitchyardError
+from deployments.environment import quiet_environment
 from model.nursery import peer_user
 
+NURSERY = "SWITCHYARD_NURSERY"
+"""The variable with the name of the node's nursery."""
 _START_LIMIT_S = 180.0
+_TRY_EVERY_S = 0.05
 _LAST_WORDS_S = 1.0
+
+_own: tuple[str, subprocess.Popen[bytes]] | None = None
 
 
 class NurseryFailed(SwitchyardError):
@@ -69,16 +81,33 @@ async def fork_worker(environment: Mapping[str, str], stdin: int, stdout: int) -
     return Child(connection, pid, pidfd)
 
 
+def start_nursery(name: str, log: Path | None = None) -> subprocess.Popen[bytes]:
+    """A nursery that listens on `name` for as long as this process lives. It speaks to `log`, else to our stderr."""
+    with contextlib.nullcontext(2) if log is None else log.open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", "model.nursery", name, str(os.getpid())],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=_environment(),
+            start_new_session=True,  # the starter's signals are not for the workers
+        )
+
+
+def nursery_name() -> str:
+    """A new one, which nobody can guess and so take before."""
+    return f"switchyard-nursery-{os.getpid()}-{secrets.token_hex(8)}"
+
+
 def _ask(environment: Mapping[str, str], stdin: int, stdout: int) -> tuple[socket.socket, int, int]:
-    raylet = os.getppid()
-    connection = _connect(_name(raylet), raylet)
+    connection = _connect()
     try:
         request = json.dumps({"environment": dict(environment)}).encode() + b"\n"
         sent = socket.send_fds(connection, [request], [stdin, stdout, 2])
         connection.sendall(request[sent:])
         answer, descriptors, _, _ = socket.recv_fds(connection, 4096, 1)
         if not answer:
-            raise NurseryFailed("the nursery refused to start a worker process; its log is this replica's stderr")
+            raise NurseryFailed("the nursery refused to start a worker process; its own words are in its log")
         return connection, int(json.loads(answer)["pid"]), descriptors[0]
     except (OSError, ValueError) as error:
         connection.close()
@@ -88,41 +117,35 @@ def _ask(environment: Mapping[str, str], stdin: int, stdout: int) -> tuple[socke
         raise
 
 
-def _connect(name: str, raylet: int) -> socket.socket:
-    """Connected to the nursery of that name, which is started if there is none."""
+def _connect() -> socket.socket:
+    """Connected to the node's nursery; to one of this process's own where the node has none, or has lost it."""
+    global _own
+    for name in filter(None, (os.environ.get(NURSERY), _own[0] if _own else None)):
+        connection = _try(name)
+        if connection is not None:
+            return connection
+    name = nursery_name()
+    _own = (name, start_nursery(name))
     end_s = time.monotonic() + _START_LIMIT_S
-    while True:
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.settimeout(_START_LIMIT_S)  # one that is importing answers when it has
-        try:
-            connection.connect("\0" + name)
-            if peer_user(connection) == os.getuid():
-                return connection
-            raise NurseryFailed(f"the socket @{name} belongs to another user")
-        except ConnectionRefusedError:  # there is none, or it ended just now
-            connection.close()
-        except BaseException:
-            connection.close()
-            raise
-        if time.monotonic() > end_s:
-            raise NurseryFailed(f"no nursery of worker processes came up within {_START_LIMIT_S:g} s")
-        _start(name, raylet)
+    while (connection := _try(name)) is None:
+        if _own[1].poll() is not None or time.monotonic() > end_s:
+            raise NurseryFailed("the nursery of worker processes did not start; its own words are in this log")
+        time.sleep(_TRY_EVERY_S)
+    return connection
 
 
-def _start(name: str, raylet: int) -> None:
-    """Returns when there is one to connect to, which may be another that came first."""
-    command = [sys.executable, "-m", "model.nursery", name, str(raylet)]
-    run = subprocess.run(
-        command, stdin=subprocess.DEVNULL, stdout=2, env=_environment(), start_new_session=True, check=False
-    )
-    if run.returncode:
-        raise NurseryFailed(f"the nursery of worker processes did not start: its status is {run.returncode}")
-
-
-def _name(raylet: int) -> str:
-    """One per node, user and installation."""
-    installation = hashlib.sha256(f"{sys.prefix}:{Path(__file__).parents[1]}".encode()).hexdigest()[:12]
-    return f"switchyard-nursery-{os.getuid()}-{raylet}-{installation}"
+def _try(name: str) -> socket.socket | None:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection.settimeout(_START_LIMIT_S)  # one that is importing answers when it has
+    try:
+        connection.connect("\0" + name)
+    except OSError:
+        connection.close()
+        return None
+    if peer_user(connection) != os.getuid():
+        connection.close()
+        return None
+    return connection
 
 
 def _environment() -> dict[str, str]:
@@ -131,12 +154,13 @@ def _environment() -> dict[str, str]:
     One thread, so that none exists when it forks. vLLM's CPU kernels want PyTorch's libgomp loaded first, else two
     runtimes share the cores (vllm/platforms/cpu.py).
     """
-    import torch
-
-    library = Path(torch.__file__).parent / "lib" / "libgomp.so.1"
+    torch = importlib.util.find_spec("torch")
+    assert torch is not None and torch.origin is not None
+    library = Path(torch.origin).parent / "lib" / "libgomp.so.1"
     preload = [os.environ.get("LD_PRELOAD", ""), str(library) if library.exists() else ""]
     return {
         **os.environ,
+        **quiet_environment(),
         "LD_PRELOAD": ":".join(path for path in preload if path),
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",

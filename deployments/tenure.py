@@ -20,6 +20,7 @@ logger = logging.getLogger("ray.serve")
 
 _HEARTBEAT_EVERY_S = 1.0
 _DRAIN_LIMIT_S = 5.0
+_ROUTER_LIMIT_S = 2.0
 _RETRY_S = 1.0
 
 
@@ -76,11 +77,11 @@ class Tenure:
     async def end(self) -> None:
         """Drain, leave the table, stop the process. The other side may be gone: each step does without its blessing."""
         self._end_duties()
-        with contextlib.suppress(Exception):
-            await asyncio.wait_for(self._router.drain.remote(self._replica.replica_id), _DRAIN_LIMIT_S)
+        has_router = await self._tell(self._router.drain.remote(self._replica.replica_id))
         with contextlib.suppress(SwitchyardError, TimeoutError):
             await asyncio.wait_for(self._process.request("drain"), _DRAIN_LIMIT_S)
-        await self._leave("drained")
+        if has_router:
+            await self._leave("drained")
         await self._process.stop()
 
     def _end_duties(self) -> None:
@@ -94,8 +95,17 @@ class Tenure:
 
     async def _leave(self, why: str) -> None:
         # Without a router the table stays as it is, and the next router will not hear of this worker.
-        with contextlib.suppress(Exception):
-            await asyncio.wait_for(self._router.leave.remote(self._replica.replica_id, why), _DRAIN_LIMIT_S)
+        await self._tell(self._router.leave.remote(self._replica.replica_id, why))
+
+    @staticmethod
+    async def _tell(answer: Any) -> bool:
+        """Whether the router answered: it may be restarting, or end with all the rest."""
+        try:
+            await asyncio.wait_for(answer, _ROUTER_LIMIT_S)
+        # Ray raises many kinds while the router restarts.
+        except Exception:
+            return False
+        return True
 
     async def _watch_process(self) -> None:
         status = await self._process.wait()

@@ -43,7 +43,9 @@ class WorkerProcess:
         try:
             self._orders, _ = await loop.connect_write_pipe(asyncio.Protocol, orders)
             await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), reports)
-            self._child = await fork_worker({**os.environ, **environment}, their_stdin, their_stdout)
+            self._child = await fork_worker(
+                {**os.environ, "GLOO_SOCKET_IFNAME": "lo", **environment}, their_stdin, their_stdout
+            )
         except BaseException:
             orders.close()
             reports.close()

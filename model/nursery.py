@@ -3,8 +3,8 @@
 Importing vLLM takes ten seconds of a core, for every process that does it. One such process per node pays them; an
 expert worker is a fork of it, so a worker that was killed has a successor as soon as its experts are loaded.
 
-It listens on the abstract Unix socket NAME for processes of the same user, and ends when process PID does (Ray's
-raylet) or when nobody has asked it for anything for a while. A connection is one worker's life:
+It listens on the abstract Unix socket NAME for processes of the same user, for as long as process PID lives. A
+connection is one worker's life:
     client    {"environment": {..}} with three descriptors: the worker's stdin, stdout and stderr
     nursery   {"pid": n} with one descriptor, a pidfd of the worker (pidfd_open(2)); then, when it has ended,
               {"status": n}, as subprocess.Popen.returncode has it
@@ -24,10 +24,10 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-_IDLE_LIMIT_S = 60.0
 _ORPHAN_LIMIT_S = 6.0  # longer than a client waits for its worker to end in peace
 _REQUEST_LIMIT_BYTES = 1 << 20
 _REQUEST_LIMIT_S = 5.0
@@ -40,68 +40,59 @@ class _Worker:
 
 
 def main() -> int:
-    """Ends when the name is taken: the nursery itself is its child. Status 0 too when another has the name already."""
+    """Exit status 0 when the watched process has ended, or as a worker."""
     name, watched = sys.argv[1], int(sys.argv[2])
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        listener.bind("\0" + name)
-    except OSError:
-        return 0
-    listener.listen(64)
-    if os.fork():
-        return 0  # our starter waits for this: there is somebody to connect to
     try:
         watched_fd = os.pidfd_open(watched)
     except ProcessLookupError:
         return 0
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind("\0" + name)
+    listener.listen(64)  # whoever asks meanwhile waits here
     _import_everything()
-    return Nursery(listener, watched_fd).run()
+    return Nursery(listener, watched_fd, _be_a_worker).run()
 
 
 class Nursery:
-    """The loop of the process. run() returns the exit status, in forked workers too."""
+    """The loop of the process. run() returns the exit status, in forked workers too, which is what `work` returns."""
 
-    def __init__(self, listener: socket.socket, watched_fd: int) -> None:
+    def __init__(self, listener: socket.socket, watched_fd: int, work: Callable[[], int]) -> None:
+        self._work = work
         self._listener = listener
         self._watched_fd = watched_fd
         self._workers: dict[int, _Worker] = {}
         self._deaths, self._death_bell = socket.socketpair()
         self._selector = selectors.DefaultSelector()
-        self._idle_since_s = time.monotonic()
         self._is_ending = False
 
     def run(self) -> int:
-        """Until the watched process ends or nobody wants anything, and no worker is left."""
+        """Until the watched process has ended and no worker is left."""
         for end in (self._deaths, self._death_bell):
             end.setblocking(False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self._death_bell.fileno(), warn_on_full_buffer=False)
         for each in (self._listener, self._deaths, self._watched_fd):
             self._selector.register(each, selectors.EVENT_READ)
-        while self._workers or not self._is_over():
+        while self._workers or not self._is_ending:
             for key, _ in self._selector.select(timeout=1.0):
                 if key.fileobj is self._listener:
                     if self._accept():
-                        return _be_a_worker()
+                        return self._work()
                 elif key.fileobj is self._deaths:
                     with contextlib.suppress(BlockingIOError):
                         self._deaths.recv(4096)
                 elif key.fileobj == self._watched_fd:
                     self._selector.unregister(self._watched_fd)
-                    self._is_ending = True
+                    self._is_ending = True  # clients that outlive it have their workers until they end
                 else:
                     self._orphan(key.fileobj)
             self._bury()
             self._kill_orphans()
         return 0
 
-    def _is_over(self) -> bool:
-        return self._is_ending or time.monotonic() - self._idle_since_s > _IDLE_LIMIT_S
-
     def _accept(self) -> bool:
         """Fork the worker that a client asks for. True in the worker."""
         connection, _ = self._listener.accept()
-        self._idle_since_s = time.monotonic()
         descriptors: list[int] = []
         try:
             if peer_user(connection) != os.getuid():
@@ -178,7 +169,6 @@ class Nursery:
             with contextlib.suppress(OSError):
                 worker.connection.sendall(json.dumps({"status": os.waitstatus_to_exitcode(status)}).encode() + b"\n")
             worker.connection.close()
-            self._idle_since_s = time.monotonic()
 
     def _kill_orphans(self) -> None:
         now_s = time.monotonic()

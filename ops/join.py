@@ -16,9 +16,17 @@ from pathlib import Path
 from cluster.errors import ConfigError
 from cluster.inventory import NODE_LABEL
 from deployments.machine import node_name
+from deployments.nursery import nursery_name, start_nursery
 from ops import processes
 from ops.beacon import KEY, Beacon, check_fit, own_beacon
-from ops.node_environment import ENGINE_PORTS, RAY_PORT, check_token, default_token_file, node_environment
+from ops.node_environment import (
+    ENGINE_PORTS,
+    RAY_PORT,
+    check_token,
+    default_token_file,
+    make_temporary,
+    node_environment,
+)
 from ops.runs import joined_here
 from ops.up import own_address
 
@@ -60,7 +68,8 @@ def run(arguments: argparse.Namespace) -> int:
     check_token(token)
     check_reachable(host, port)
     with _folder() as folder:
-        os.environ.update(node_environment(token, folder / "tmp", ENGINE_PORTS))
+        nursery = nursery_name()
+        os.environ.update(node_environment(token, folder / "tmp", ENGINE_PORTS, nursery))
         check_fit(_ask_head(f"{host}:{port}", token), own_beacon())
         address = arguments.address or own_address(host)
         print(f"joining {host}:{port} as {address}", flush=True)
@@ -68,6 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
             ray_command(f"{host}:{port}", address, folder / "ray", arguments.num_gpus),
             folder / "ray.log",
             f"{host}:{port}",
+            nursery,
         )
 
 
@@ -130,9 +140,10 @@ def ray_command(head: str, address: str, folder: Path, num_gpus: int | None) -> 
     return [*command, *([f"--num-gpus={num_gpus}"] if num_gpus is not None else [])]
 
 
-def _stay(command: list[str], log: Path, head: str) -> int:
+def _stay(command: list[str], log: Path, head: str, nursery: str) -> int:
     processes.adopt_orphans()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `switchyard down`: as Ctrl-C
+    start_nursery(nursery, log.with_name("nursery.log"))
     with log.open("wb") as output:
         ray = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
     try:
@@ -156,7 +167,7 @@ def _last_line(log: Path) -> str:
 @contextlib.contextmanager
 def _folder() -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="switchyard-join-", dir="/tmp"))
-    (folder / "tmp").mkdir(mode=0o700)
+    make_temporary(folder / "tmp")
     try:
         yield folder
     finally:

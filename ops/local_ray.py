@@ -23,9 +23,10 @@ from cluster.addresses import is_loopback
 from cluster.inventory import NODE_LABEL
 from deployments import shared_memory
 from deployments.machine import node_name
+from deployments.nursery import nursery_name, start_nursery
 from ops import haproxy, processes
 from ops.beacon import EVERY_S, KEY, own_beacon
-from ops.node_environment import ENGINE_PORTS, RAY_PORT, make_token, node_environment
+from ops.node_environment import ENGINE_PORTS, RAY_PORT, make_temporary, make_token, node_environment
 from ops.ports import free_block
 
 _LOOPBACK = "127.0.0.1"
@@ -70,6 +71,7 @@ class LocalRay:
         self._node = node or Node()
         self._is_started = False
         self._is_stopping = threading.Event()
+        self._nursery = nursery_name()
         self._haproxy = get_haproxy_binary()  # before the environment names our launcher in its place
         os.environ.update(self._environment())
 
@@ -87,6 +89,7 @@ class LocalRay:
         entry = haproxy.Entry(http_host, http_port, pem)
         haproxy.write_launcher(self._folder, self._haproxy, entry, self._private_ports)
         processes.adopt_orphans()
+        start_nursery(self._nursery, self._folder / "nursery.log")
         import ray
         from ray import serve
 
@@ -103,6 +106,7 @@ class LocalRay:
         )
         self.logs.parent.mkdir(parents=True, exist_ok=True)
         self.logs.symlink_to(self._session_logs())
+        (self._folder / "nursery.log").rename(self.logs / "nursery.log")
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
         # What engines bind to; haproxy reaches those of other machines over the network.
         host = _LOOPBACK if self._node.is_alone else "0.0.0.0"
@@ -158,7 +162,7 @@ class LocalRay:
         sockets = self._folder / "h"
         sockets.mkdir(mode=0o700)
         temporary = self._folder / "tmp"
-        temporary.mkdir(mode=0o700)
+        make_temporary(temporary)
         # A block of its own: haproxy may know a dead engine's port for a while, and no other Serve on this machine must
         # get it meanwhile. On a cluster it is the same on every machine, whose firewalls have to know it.
         first, last = free_block(_PORTS) if node.is_alone else (ENGINE_PORTS[0] - 3, ENGINE_PORTS[1])
@@ -167,7 +171,7 @@ class LocalRay:
         # Its name is historical: 0 makes Ray take 127.0.0.1 as the node's address and listen there only.
         reach = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"} if node.is_alone else {"RAY_GCS_SERVER_PORT": str(node.port)}
         return {
-            **node_environment(token, temporary, (first_port, last)),
+            **node_environment(token, temporary, (first_port, last), self._nursery),
             **reach,
             "RAY_SERVE_HAPROXY_BINARY_PATH": str(haproxy.launcher_path(self._folder)),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(sockets / "haproxy.cfg"),

@@ -1,5 +1,6 @@
 """What every process of a node's Ray inherits, on a single machine, on the head and on machines that join; Ray 2.60."""
 
+import getpass
 import os
 import secrets
 import stat
@@ -7,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cluster.errors import ConfigError
+from deployments.environment import cache_folder
+from deployments.nursery import NURSERY
 
 RAY_PORT = 6379
 # Where engines listen for haproxy, on every machine of a cluster. Below the range from which Linux takes ports for
@@ -46,9 +49,22 @@ def check_token(path: Path) -> None:
         raise ConfigError(f"{path} holds no token. Copy the head's file as it is.")
 
 
-def node_environment(token: Path, temporary: Path, engine_ports: tuple[int, int]) -> Mapping[str, str]:
-    """Variables for every node of the cluster; `temporary` is a folder for temporary files."""
+def make_temporary(folder: Path) -> None:
+    """A private folder for the temporary files of one Ray, in which PyTorch finds its precompiled C++ headers again.
+
+    Without them the first compilation of every start takes a quarter of a minute; torch/_inductor/codecache.py keeps
+    them in the folder of temporary files and nowhere else.
+    """
+    folder.mkdir(mode=0o700)
+    kept = cache_folder() / "torch"
+    kept.mkdir(parents=True, exist_ok=True)
+    (folder / f"torchinductor_{getpass.getuser()}").symlink_to(kept)
+
+
+def node_environment(token: Path, temporary: Path, engine_ports: tuple[int, int], nursery: str) -> Mapping[str, str]:
+    """Variables for every node of the cluster; `temporary` is made by make_temporary(), `nursery` is its name."""
     return {
+        NURSERY: nursery,
         "TMPDIR": str(temporary),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),

@@ -76,10 +76,10 @@ def test_engines_hold_no_expert_and_each_worker_its_share(serving: Serving, tmp_
     make_model(model, SHAPE)
     deploy(serving, SMALL, workers=2)
     engine_before = private_bytes(serving, "VLLM::Worker", count=1)
-    worker_before = private_bytes(serving, "model.worker_main", count=2)
+    worker_before = private_bytes(serving, "switchyard: expert worker", count=2)
     deploy(serving, model, workers=2)
     engine_after = private_bytes(serving, "VLLM::Worker", count=1)
-    worker_after = private_bytes(serving, "model.worker_main", count=2)
+    worker_after = private_bytes(serving, "switchyard: expert worker", count=2)
     assert engine_after[0] - engine_before[0] < 0.2 * EXPERT_BYTES
     for before, after in zip(worker_before, worker_after, strict=True):
         assert 0.45 * EXPERT_BYTES < after - before < 0.75 * EXPERT_BYTES

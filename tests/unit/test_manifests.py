@@ -114,7 +114,7 @@ def test_the_ray_service_fits_together(service):
 
 
 def test_health_checks_are_the_same_wherever_a_node_is_started(service):
-    ours = node_environment(Path("t"), Path("t"), (1, 2))
+    ours = node_environment(Path("t"), Path("t"), (1, 2), "n")
     wanted = {name: ours[name] for name in ours if name.startswith("RAY_health_check") or name == "RAY_worker_niceness"}
     assert len(wanted) == 4
     cluster = service["spec"]["rayClusterConfig"]

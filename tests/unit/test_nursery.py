@@ -1,0 +1,201 @@
+"""Workers are forked, watched and cleaned up after; here with a nursery that has nothing to import."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from deployments import nursery as client
+
+_NURSERY = """
+import os, signal, socket, sys
+from model import nursery
+
+def work():
+    # What a worker does: words about itself, then whatever it is told.
+    print(os.environ.get("COLOUR"), "HOME" in os.environ, sorted(os.listdir("/proc/self/fd"))[:-1], flush=True)
+    for line in sys.stdin:
+        if line == "freeze\\n":
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+            print("frozen", flush=True)
+            signal.pause()
+        return int(line)
+    return 0
+
+nursery._ORPHAN_LIMIT_S = 0.2
+nursery._import_everything = lambda: print("imported", flush=True)
+nursery._be_a_worker = work
+os._exit(nursery.main())
+"""
+
+
+@pytest.fixture
+def name(monkeypatch: pytest.MonkeyPatch) -> str:
+    name = client.nursery_name()
+    monkeypatch.setenv(client.NURSERY, name)
+    return name
+
+
+@pytest.fixture
+def guardian() -> Iterator[subprocess.Popen[bytes]]:
+    """The process for whose life the nursery is there."""
+    with subprocess.Popen(["sleep", "600"]) as process:
+        yield process
+        process.kill()
+
+
+@pytest.fixture
+def nursery(name: str, guardian: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-c", _NURSERY, name, str(guardian.pid)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(client.__file__).parents[1]) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"imported\n"
+        yield process
+        process.kill()
+
+
+class Forked:
+    """A worker and the two ends of its pipes."""
+
+    def __init__(self, child: client.Child, orders: int, words: int) -> None:
+        self.child = child
+        self.orders = os.fdopen(orders, "wb", buffering=0)
+        self.words = os.fdopen(words, "rb")
+
+    def close(self) -> None:
+        self.orders.close()
+        self.words.close()
+
+
+async def fork(**environment: str) -> Forked:
+    their_stdin, orders = os.pipe()
+    words, their_stdout = os.pipe()
+    try:
+        return Forked(await client.fork_worker(environment, their_stdin, their_stdout), orders, words)
+    finally:
+        os.close(their_stdin)
+        os.close(their_stdout)
+
+
+def test_a_worker_has_its_own_environment_and_descriptors_and_tells_its_status(nursery):
+    async def life() -> None:
+        first, second = await fork(COLOUR="red"), await fork(COLOUR="blue")
+        assert first.child.pid != second.child.pid and first.child.status is None
+        assert second.words.readline() == b"blue False ['0', '1', '2']\n"
+        assert first.words.readline() == b"red False ['0', '1', '2']\n"
+        first.orders.write(b"7\n")
+        assert await first.child.wait() == 7 == first.child.status
+        second.child.kill()
+        assert await second.child.wait() == -signal.SIGKILL
+        second.child.kill()  # of one that has ended does nothing, though its pid may be another's by now
+        first.close()
+        second.close()
+
+    asyncio.run(life())
+
+
+def test_who_leaves_leaves_no_worker_behind(nursery):
+    async def life() -> psutil.Process:
+        forked = await fork()
+        forked.words.readline()
+        forked.orders.write(b"freeze\n")
+        assert forked.words.readline() == b"frozen\n"
+        forked.child._connection.shutdown(2)
+        process = psutil.Process(forked.child.pid)
+        assert await forked.child.wait() == -signal.SIGKILL
+        forked.close()
+        return process
+
+    process = asyncio.run(life())
+    process.wait(10)
+    assert not process.is_running()
+
+
+def test_the_nursery_ends_with_its_guardian_when_the_last_worker_has(nursery, guardian):
+    async def life() -> None:
+        forked = await fork()
+        guardian.kill()
+        guardian.wait()
+        another = await fork()
+        forked.orders.write(b"0\n")
+        assert await forked.child.wait() == 0
+        assert nursery.poll() is None
+        another.orders.close()
+        assert await another.child.wait() == 0
+        forked.close()
+        another.words.close()
+
+    asyncio.run(life())
+    assert nursery.wait(10) == 0
+
+
+def test_a_worker_outlives_the_nursery_and_its_end_is_noticed(nursery):
+    async def life() -> None:
+        forked = await fork()
+        forked.words.readline()
+        nursery.kill()
+        nursery.wait()
+        forked.orders.write(b"3\n")
+        assert await forked.child.wait() == -signal.SIGKILL  # nobody was left to tell
+        forked.close()
+
+    asyncio.run(life())
+
+
+def test_bad_requests_are_refused_and_harm_nobody(capfd, nursery, name):
+    import socket
+
+    for request in (b"nonsense\n", b"{}\n", b'{"environment": {}}\n'):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+            connection.connect("\0" + name)
+            connection.sendall(request)
+            assert connection.recv(100) == b""
+
+    async def life() -> None:
+        forked = await fork()
+        forked.orders.close()
+        assert await forked.child.wait() == 0
+        forked.words.close()
+
+    asyncio.run(life())
+    assert capfd.readouterr().err.count("a request was refused") == 3
+
+
+def test_without_a_node_s_nursery_a_replica_starts_its_own(monkeypatch):
+    monkeypatch.delenv(client.NURSERY, raising=False)
+    started: list[str] = []
+
+    def start(name: str) -> subprocess.Popen[bytes]:
+        started.append(name)
+        command = [sys.executable, "-c", _NURSERY, name, str(os.getpid())]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=Path(client.__file__).parents[1])
+
+    monkeypatch.setattr(client, "start_nursery", start)
+    monkeypatch.setattr(client, "_own", None)
+
+    async def life() -> None:
+        for _ in range(2):
+            forked = await fork()
+            forked.orders.close()
+            assert await forked.child.wait() == 0
+            forked.words.close()
+
+    asyncio.run(life())
+    assert len(started) == 1
+    assert client._own is not None
+    client._own[1].kill()
+    client._own[1].wait()
+
+
+def test_one_that_cannot_start_is_told(monkeypatch):
+    monkeypatch.delenv(client.NURSERY, raising=False)
+    monkeypatch.setattr(client, "start_nursery", lambda name: subprocess.Popen(["false"]))
+    monkeypatch.setattr(client, "_own", None)
+    with pytest.raises(client.NurseryFailed, match="did not start"):
+        asyncio.run(fork())
