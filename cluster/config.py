@@ -93,6 +93,18 @@ class LayoutSettings:
 
 
 @dataclass(frozen=True)
+class TracingSettings:
+    """OpenTelemetry spans of requests: HTTP, vLLM's scheduling and the layer calls. They carry no text of anybody."""
+
+    endpoint: str | None = None
+    """The OTLP collector's URL: http://localhost:4317, or http://localhost:4318/v1/traces over http. None: no spans."""
+    protocol: Literal["grpc", "http"] = "grpc"
+    """How the collector is spoken to."""
+    sample: float = _number(0.01, least=0)
+    """Share of requests that are traced, at most 1; a request that comes with a traceparent header has it decided."""
+
+
+@dataclass(frozen=True)
 class Settings:
     """The whole application."""
 
@@ -126,6 +138,7 @@ class Settings:
     """Serve everybody without a key even where other machines can reach HTTP."""
     metrics: bool = True
     """Count and time layer calls, requests and energy, and serve the whole cluster's metrics at /metrics."""
+    tracing: TracingSettings = field(default_factory=TracingSettings)
     layout: LayoutSettings | None = None
     """Where everything runs, in place of `workers`, `replicas` and `shadow`. None: Ray finds room."""
     engine: EngineSettings = field(default_factory=EngineSettings)
@@ -134,6 +147,8 @@ class Settings:
     def __post_init__(self) -> None:
         if not self.model.strip():
             raise ConfigError("model: is empty. Give the path of a checkpoint folder.")
+        if self.tracing.sample > 1:
+            raise ConfigError(f"tracing.sample: is {self.tracing.sample:g}, must be 1 or less.")
         if self.engine.max_num_seqs > self.engine.max_num_batched_tokens:
             raise ConfigError(
                 f"engine.max_num_batched_tokens: {self.engine.max_num_batched_tokens} is less than "

@@ -38,6 +38,7 @@ from deployments.models import attribution_of
 from deployments.privacy import Private, forbid_core_dumps
 from deployments.prometheus import ClusterMetrics
 from deployments.shortage import EndInShortage, Shortage
+from deployments.tracing import Traced
 
 logger = logging.getLogger("ray.serve")
 
@@ -177,6 +178,9 @@ class EngineReplica:
         self._engine = await asyncio.to_thread(vllm_app.start_engine, self._namespace)
         self._report("warming up")
         await vllm_app.warm_up(self._engine)
+        self._is_traced = settings.tracing.endpoint is not None
+        if self._is_traced and router is not None:
+            await self._engine.collective_rpc("trace_layer_calls")
         self._shared_memory = shared_memory.mapped_by_descendants()
         self._metrics = self._start_metrics(settings) if settings.metrics else None
         self._ending = asyncio.create_task(self._end_when_dead())
@@ -191,7 +195,8 @@ class EngineReplica:
         app = ClusterMetrics(app, self._snapshot)
         if self._gate is not None:
             app = Authorised(app, self._gate)
-        return Attributed(Private(app), self._attribution)
+        app = Attributed(Private(app), self._attribution)
+        return Traced(app) if self._is_traced else app
 
     def _start_metrics(self, settings: Settings) -> EngineMetrics:
         processes = [psutil.Process(), *vllm_app.engine_processes()]

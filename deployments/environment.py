@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from cluster.config import Settings
+from cluster.config import Settings, TracingSettings
 from deployments.cores import omp_binding
 
 
@@ -38,6 +38,19 @@ def engine_environment(settings: Settings, cores: Sequence[int]) -> dict[str, st
         # On CPUs vLLM 0.32 saves ahead-of-time artifacts that it then fails to load, and compiles anew at every start
         # (compilation/decorators.py calls finalize_loading on a plain function); Inductor's own cache works.
         "VLLM_USE_AOT_COMPILE": "0",
+        **_tracing_environment(settings.tracing),
+    }
+
+
+def _tracing_environment(tracing: TracingSettings) -> dict[str, str]:
+    """Read by OpenTelemetry's SDK in every process of the engine; a request's own traceparent wins over the share."""
+    if tracing.endpoint is None:
+        return {}
+    return {
+        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": {"grpc": "grpc", "http": "http/protobuf"}[tracing.protocol],
+        "OTEL_TRACES_SAMPLER": "parentbased_traceidratio",
+        "OTEL_TRACES_SAMPLER_ARG": str(tracing.sample),
+        "OTEL_SERVICE_NAME": "switchyard",
     }
 
 

@@ -33,6 +33,7 @@ _OWN = {
     "enforce_eager": "engine.enforce_eager",
     "enable_log_requests": "engine.log_prompts",
     "disable_log_stats": "metrics",
+    "otlp_traces_endpoint": "tracing.endpoint",
     "host": "http_options.host",
     "port": "http_options.port",
 }
@@ -57,6 +58,8 @@ def engine_arguments(settings: Settings, *, remote_experts: bool, kv_cache_bytes
     }
     if engine.max_model_len is not None:
         arguments["max_model_len"] = engine.max_model_len
+    if settings.tracing.endpoint is not None:
+        arguments["otlp_traces_endpoint"] = settings.tracing.endpoint
     if kv_cache_bytes is not None:
         arguments["kv_cache_memory_bytes"] = kv_cache_bytes
     if remote_experts:

@@ -28,6 +28,7 @@ from cluster.dispatcher import Dispatcher
 from cluster.errors import IntegrityError
 from cluster.feed import TableSubscriber
 from model import sleeping_queue
+from model.layer_spans import LayerSpans
 from model.plugin import FEED_VARIABLE
 from model.replacement import replace_routed_experts
 
@@ -90,6 +91,7 @@ class EngineLink:
 
 
 _link_made: EngineLink | None = None
+_spans: LayerSpans | None = None
 
 
 def _link(hidden_size: int, top_k: int, dtype: torch.dtype, max_tokens: int) -> EngineLink:
@@ -107,6 +109,12 @@ class LayerCallStats:
         if _link_made is None:
             return {}
         return {name: value for name, value in _link_made.dispatcher.stats().items() if isinstance(value, int)}
+
+    def trace_layer_calls(self) -> None:
+        """From now on layer calls of traced requests have spans."""
+        global _spans
+        runner = self.model_runner  # type: ignore[attr-defined]  # vLLM's worker has it
+        _spans = LayerSpans(lambda: runner.input_batch.req_ids)
 
     def layer_call_fault(self) -> str:
         """What Dispatcher.check_integrity() finds on this rank; empty when all is well."""
@@ -199,6 +207,8 @@ def _start(
     if _tensor_parallel()[1] > 1:
         rows = _own_rows(x_TD.shape[0])
         x_TD, weights_TK, ids_TK = x_TD[rows], weights_TK[rows], ids_TK[rows]
+    if _spans is not None:
+        _spans.begin(layer, x_TD.shape[0], dispatcher.counters)
     return dispatcher.start(layer, x_TD, weights_TK, ids_TK, ring=ring)
 
 
@@ -207,9 +217,11 @@ def _finish(ticket: int, x_TD: torch.Tensor, top_k: int, max_tokens: int) -> tor
     if _tensor_parallel()[1] > 1:
         out_TD = torch.zeros_like(x_TD)
         link.finish(ticket, out_TD[_own_rows(x_TD.shape[0])])
-        return out_TD
-    out_TD = torch.empty_like(x_TD)
-    link.finish(ticket, out_TD)
+    else:
+        out_TD = torch.empty_like(x_TD)
+        link.finish(ticket, out_TD)
+    if _spans is not None:
+        _spans.end(link.dispatcher.counters)
     return out_TD
 
 

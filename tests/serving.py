@@ -28,6 +28,8 @@ REPLICATED: Mapping[str, Any] = {
     "engine": {"kv_cache_gib": 0.25, "enforce_eager": True, "vllm": {"enable_prefix_caching": False}},
     "worker": {"fault_injection": True},
 }
+# Nobody listens there, and nothing is sent there, until a test is about tracing.
+COLLECTOR_PORT = free_ports(1)[0]
 # Two engines that share two workers.
 TWO_ENGINES: Mapping[str, Any] = {
     "model": str(GOLDENS / "mixtral-tiny"),
@@ -35,6 +37,7 @@ TWO_ENGINES: Mapping[str, Any] = {
     "workers": 2,
     "engines": 2,
     "engine": {"kv_cache_gib": 0.25},
+    "tracing": {"endpoint": f"http://127.0.0.1:{COLLECTOR_PORT}/v1/traces", "protocol": "http", "sample": 0},
 }
 
 

@@ -18,7 +18,8 @@ from ops.energy import Samples, scrape
 from ops.observe.alerts import ALERTS
 from ops.observe.dashboards import DASHBOARDS, to_grafana
 from ops.observe.query import series_in
-from tests.serving import TWO_ENGINES, Serving
+from tests.otlp import Collector, attributes
+from tests.serving import COLLECTOR_PORT, TWO_ENGINES, Serving, wait_until
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -164,3 +165,25 @@ def test_a_prompt_is_nowhere_but_in_its_answer(server):
     assert len(written) > 10
     found = [(name, secret) for name, data in written.items() for secret in secrets if secret.encode() in data]
     assert not found
+
+
+def test_a_request_that_comes_with_a_trace_is_followed_to_its_layer_calls(server):
+    """One trace from HTTP through vLLM to the layer calls; requests without one are not sampled here."""
+    trace_id, parent = 0x5EED << 96, 0xCAFE
+    prompt = {"model": server.model, "prompt": [1, 2, 3], "max_tokens": NUM_TOKENS, "ignore_eos": True}
+    headers = {"Content-Type": "application/json", "traceparent": f"00-{trace_id:032x}-{parent:016x}-01"}
+    traced = urllib.request.Request(f"{server.url}/v1/completions", json.dumps(prompt).encode(), headers)
+    with Collector(COLLECTOR_PORT) as collector:
+        assert complete(server)[0] == 200
+        with urllib.request.urlopen(traced, timeout=60) as response:
+            assert response.status == 200
+        wait_until(lambda: {"llm_request", "layer call"} <= {span.name for span in collector.spans}, "spans", 30)
+    assert {int.from_bytes(span.trace_id) for span in collector.spans} == {trace_id}
+    (http,) = [span for span in collector.spans if span.name == "POST /v1/completions"]
+    assert int.from_bytes(http.parent_span_id) == parent
+    below = [span for span in collector.spans if span is not http]
+    assert {span.parent_span_id for span in below} == {http.span_id}
+    calls = [attributes(span) for span in below if span.name == "layer call"]
+    layers = {call["switchyard.layer"] for call in calls}
+    assert layers == set(range(len(layers))) and len(calls) % len(layers) == 0
+    assert calls[0]["switchyard.tokens"] == 3 and all(call["switchyard.messages"] >= 1 for call in calls)
