@@ -31,7 +31,7 @@ logger = logging.getLogger("ray.serve")
 # A ready spare that the router does not know (any more) says so again after this long.
 _RETRY_S = 1.0
 # A worker that served for less is succeeded after a pause, which grows each time.
-_LASTING_S = 10.0
+_LASTING_S = 3.0
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 30.0
 
