@@ -30,6 +30,7 @@ MAX_KEY_BYTES = 128
 _KEY = re.compile(r"sy-([0-9a-f]{12})-[A-Za-z0-9_-]{43}", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}", re.ASCII)
 _NAME = re.compile(r"[\w.@-]{1,64}", re.ASCII)
+_ADDED = {"log_prompts"}  # fields that files of format 1 may lack
 _NOBODY = "0" * 64  # the hash of no known text: what an unknown id is compared with
 
 
@@ -50,6 +51,8 @@ class KeyRecord:
     former_sha256: str | None = None
     """Of the key before the last rotation, good until former_until_s."""
     former_until_s: float | None = None
+    log_prompts: bool = False
+    """Write what its requests ask and are answered to the engines' logs."""
 
     def accepts(self, digest: str, now_s: float) -> bool:
         """Whether a key with that SHA-256 is this one; takes as long for every answer."""
@@ -108,11 +111,12 @@ def _sha256(text: str) -> str:
 
 def _record(number: int, values: Any) -> KeyRecord:
     hints = typing.get_type_hints(KeyRecord)
-    if not isinstance(values, Mapping) or values.keys() != hints.keys():
+    if not isinstance(values, Mapping) or not hints.keys() - _ADDED <= values.keys() <= hints.keys():
         raise ConfigError(f"API key {number}: its fields must be {', '.join(hints)}.")
     for name, value in values.items():
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (isinstance(value, hints[name]) or (is_number and float in _kinds(hints[name]))) or value is True:
+        kinds, is_number = _kinds(hints[name]), isinstance(value, int | float)
+        fits = isinstance(value, hints[name]) or (is_number and float in kinds)
+        if not fits or isinstance(value, bool) != (bool in kinds):
             raise ConfigError(f"API key {number}: {name} has the wrong type.")
     record = KeyRecord(**values)
     digests = [record.sha256, *filter(None, [record.former_sha256])]
@@ -158,7 +162,12 @@ def _new_key(key_id: str) -> str:
 
 
 def with_new_key(
-    ring: KeyRing, name: str, now_s: float, requests_per_minute: int | None, concurrent: int | None
+    ring: KeyRing,
+    name: str,
+    now_s: float,
+    requests_per_minute: int | None,
+    concurrent: int | None,
+    log_prompts: bool = False,
 ) -> tuple[KeyRing, KeyRecord, str]:
     """Add a key. Raises ConfigError for a name that is taken or unfit, or a limit below 1."""
     if not _NAME.fullmatch(name):
@@ -170,7 +179,8 @@ def with_new_key(
             raise ConfigError(f"{option}: is {limit}, must be 1 or more.")
     key_id = secrets.token_hex(6)
     key = _new_key(key_id)
-    record = KeyRecord(key_id, name, _sha256(key), now_s, requests_per_minute, concurrent)
+    limits = (requests_per_minute, concurrent)
+    record = KeyRecord(key_id, name, _sha256(key), now_s, *limits, log_prompts=log_prompts)
     return KeyRing((*ring.records, record)), record, key
 
 
@@ -187,6 +197,12 @@ def with_rotated_key(ring: KeyRing, which: str, now_s: float, keep_s: float) -> 
 def with_revoked_key(ring: KeyRing, which: str, now_s: float) -> tuple[KeyRing, KeyRecord]:
     """Make a key worthless from now on; its record stays."""
     record = dataclasses.replace(chosen(ring, which), revoked_s=now_s)
+    return _replaced(ring, record), record
+
+
+def with_prompt_log(ring: KeyRing, which: str, is_on: bool) -> tuple[KeyRing, KeyRecord]:
+    """Have a key's prompts and answers logged from now on, or not any more."""
+    record = dataclasses.replace(chosen(ring, which), log_prompts=is_on)
     return _replaced(ring, record), record
 
 

@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from cluster.api_keys import CREDENTIAL_HEADERS, KeyRecord, KeyRing, presented_key
 from cluster.limits import Limiter, share_of
 from deployments.http_guard import send_error
+from deployments.prompt_log import Overheard
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle
@@ -121,7 +122,8 @@ class Authorised:
                 await _refuse(scope, send, HTTPStatus.TOO_MANY_REQUESTS, TOO_MANY, retry_after)
                 return
             headers = [each for each in scope["headers"] if each[0].lower() not in CREDENTIAL_HEADERS]
-            await self._app({**scope, "headers": headers}, receive, send)
+            app = Overheard(self._app, key.name) if key.log_prompts else self._app
+            await app({**scope, "headers": headers}, receive, send)
 
     @contextlib.contextmanager
     def _lease(self) -> Iterator[str]:

@@ -1,10 +1,11 @@
 """The command line's end of the ops API. Imports nothing heavy: `switchyard status` shall answer at once."""
 
 import argparse
+import contextlib
 import http.client
 import json
 import urllib.parse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,11 @@ class ApiClient:
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
         """The JSON that answers a request."""
         return json.loads(self._request("POST", path, body, _TIMEOUT_S).read())
+
+    def stream(self, path: str) -> Generator[bytes, None, None]:
+        """The lines behind a path, as they come; close it to stop."""
+        with contextlib.closing(self._request("GET", path, None, _TIMEOUT_S)) as response:
+            yield from response
 
     def act(self, path: str, body: Mapping[str, Any], say: Callable[[str], None]) -> None:
         """Have something done; `say` is called with every word about it. Returns when it is done."""

@@ -12,6 +12,7 @@ from cluster.api_keys import (
     changing,
     read_ring,
     with_new_key,
+    with_prompt_log,
     with_revoked_key,
     with_rotated_key,
 )
@@ -24,6 +25,7 @@ Make, list, replace and revoke the API keys that clients send as `Authorization:
   switchyard keys list
   switchyard keys rotate alice --keep-old 86400                 a new key; the old one is good for another day
   switchyard keys revoke alice
+  switchyard keys log-prompts alice on                          her prompts and answers go to the engines' logs
 
   switchyard serve --host 0.0.0.0                               asks for these keys
   switchyard serve --api-keys keys.json                         asks for the keys of another file, on loopback too
@@ -46,13 +48,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add.add_argument("name", help="who or what it is for: letters, digits and . _ @ -")
     add.add_argument("--requests-per-minute", type=int, metavar="N", help="refuse more with 429 (default: no limit)")
     add.add_argument("--concurrent", type=int, metavar="N", help="refuse more at the same time (default: no limit)")
+    add.add_argument("--log-prompts", action="store_true", help="log what it asks and is answered (default: never)")
     _command(commands, "list", "show the keys; their secrets are not kept", "switchyard keys list --json")
     revoke = _command(commands, "revoke", "make a key worthless", "switchyard keys revoke alice")
     rotate = _command(
         commands, "rotate", "replace a key, with its name and limits", "switchyard keys rotate alice --keep-old 3600"
     )
-    for each in (revoke, rotate):
+    log = _command(
+        commands,
+        "log-prompts",
+        "log a key's prompts and answers, or stop that",
+        "switchyard keys log-prompts alice off",
+    )
+    for each in (revoke, rotate, log):
         each.add_argument("key", help="its name or id")
+    log.add_argument("state", choices=("on", "off"))
     rotate.add_argument(
         "--keep-old",
         type=float,
@@ -84,13 +94,18 @@ def run(arguments: argparse.Namespace) -> int:
     with changing(arguments.file) as rings:
         if arguments.keys_command == "add":
             limits = (arguments.requests_per_minute, arguments.concurrent)
-            rings[0], record, key = with_new_key(rings[0], arguments.name, time.time(), *limits)
+            rings[0], record, key = with_new_key(rings[0], arguments.name, time.time(), *limits, arguments.log_prompts)
         elif arguments.keys_command == "rotate":
             rings[0], record, key = with_rotated_key(rings[0], arguments.key, time.time(), arguments.keep_old)
+        elif arguments.keys_command == "log-prompts":
+            rings[0], record = with_prompt_log(rings[0], arguments.key, arguments.state == "on")
         else:
             rings[0], record = with_revoked_key(rings[0], arguments.key, time.time())
     if arguments.json:
         print(json.dumps({**_public(record), **({"key": key} if key else {})}))
+    elif arguments.keys_command == "log-prompts":
+        words = "are logged by the engines" if record.log_prompts else "are not logged any more"
+        print(f"prompts and answers of {record.name} ({record.id}) {words}")
     elif key is None:
         print(f"revoked {record.name} ({record.id})")
     else:
@@ -117,7 +132,13 @@ def _state(record: KeyRecord, now_s: float) -> str:
     if record.revoked_s is not None:
         return "revoked"
     has_former = record.former_until_s is not None and now_s < record.former_until_s
-    return "valid, the former key too" if has_former else "valid"
+    return ", ".join(
+        [
+            "valid",
+            *(["the former key too"] if has_former else []),
+            *(["prompts are logged"] if record.log_prompts else []),
+        ]
+    )
 
 
 def _public(record: KeyRecord) -> dict[str, object]:

@@ -7,7 +7,6 @@ because its end must not depend on the test process. JSON lines: an order on std
 import json
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -28,6 +27,7 @@ REPLICATED: Mapping[str, Any] = {
     "engine": {"kv_cache_gib": 0.25, "enforce_eager": True, "vllm": {"enable_prefix_caching": False}},
     "worker": {"fault_injection": True},
 }
+CONSOLE_TOKEN = "0" * 64
 # Nobody listens there, and nothing is sent there, until a test is about tracing.
 COLLECTOR_PORT = free_ports(1)[0]
 # Two engines that share two workers.
@@ -154,8 +154,8 @@ def _console(port: int, args: dict[str, Any]) -> str:
     from ops.api_server import ApiServer
 
     facts = about(make_plan(args), f"http://127.0.0.1:{port}")
-    audit_log = Path(tempfile.mkdtemp(prefix="switchyard-")) / "audit.log"
-    return ApiServer(Control("switchyard"), "0" * 64, "127.0.0.1", 0, audit_log, facts).console_link()
+    audit_log = Path(_logs(port)) / "audit.log"
+    return ApiServer(Control("switchyard"), CONSOLE_TOKEN, "127.0.0.1", 0, audit_log, facts).console_link()
 
 
 def _worker_stats(port: int, shard_id: int) -> Any:

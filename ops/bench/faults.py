@@ -15,7 +15,6 @@ import signal
 import sys
 import tempfile
 import time
-import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,9 +29,8 @@ from ops.bench.fault_row import REPLACED, Row, Status, Window, is_whole, make_ro
 from ops.bench.fault_strikes import Victim, strike, victims
 from ops.bench.load import Workload
 from ops.bench.make_model import ModelShape, make_model
-from ops.bench.servers import Server
+from ops.bench.servers import Server, run_of
 from ops.ports import free_ports
-from ops.runs import Run, find_run
 
 TINY = ModelShape(hidden=256, expert=512, layers=4, experts=8, top_k=2, heads=4, kv_heads=2, vocab=1024)
 NUM_PROMPTS = 8
@@ -41,7 +39,6 @@ _LOOK_EVERY_S = 0.25
 _RECOVERY_LIMIT_S = 180.0
 _ANSWER_LIMIT_S = 180.0
 _START_LIMIT_S = 600.0
-_ANNOUNCED_S = 30.0
 # A fault that nobody ends lasts so long: enough to be noticed, suspected and asked again.
 _ENDURED_S = 3.0
 
@@ -171,7 +168,7 @@ class ServedCluster:
     def __init__(self, server: Server) -> None:
         self.server = server
         self.url, self.model = server.base_url, server.model
-        run = _run_of(server)
+        run = run_of(server)
         self._api = ApiClient(run.ops, run.token)
 
     def status(self) -> Status:
@@ -181,18 +178,6 @@ class ServedCluster:
     def check_integrity(self) -> list[dict[str, Any]]:
         checks: list[dict[str, Any]] = self._api.get("/api/integrity")
         return checks
-
-
-def _run_of(server: Server) -> Run:
-    """It answers over HTTP a moment before it says that it runs. Raises ConfigError when it never does."""
-    end_s = time.monotonic() + _ANNOUNCED_S
-    while True:
-        try:
-            return find_run(urllib.parse.urlsplit(server.base_url).port)
-        except ConfigError:
-            if time.monotonic() > end_s:
-                raise
-            time.sleep(_LOOK_EVERY_S)
 
 
 @contextlib.contextmanager

@@ -1,12 +1,14 @@
 """`switchyard bench observe`: what observing costs, as throughput with everything on divided by throughput with it off.
 
-Two clusters of the same model run side by side, one with metrics and one without (`metrics: false`), and take turns of
-a few seconds each, in an order that alternates. During its turns the first is scraped as often as `switchyard observe`
-does. Ratios are taken within a pair of turns, so that load from outside moves both.
+Two clusters of the same model run side by side, one with metrics and spans of a hundredth of its requests, and one with
+neither, and take turns of a few seconds each, in an order that alternates. During its turns the first is scraped as
+often as `switchyard observe` does, and somebody watches its console. Ratios are taken within a pair of turns, so that
+load from outside moves both.
 """
 
 import argparse
 import contextlib
+import http.server
 import json
 import os
 import signal
@@ -21,10 +23,12 @@ from typing import Any
 
 from cluster.config import parse_settings
 from cluster.errors import ConfigError
+from ops.api_client import ApiClient
 from ops.bench import sides
 from ops.bench.compare import WARM_UP_TOKENS, say
 from ops.bench.load import Workload, run_level
-from ops.bench.servers import Server
+from ops.bench.servers import Server, run_of
+from ops.runs import Run
 
 SIDES = ("on", "off")
 SCRAPE_EVERY_S = 5.0
@@ -59,7 +63,10 @@ def run(arguments: argparse.Namespace) -> int:
     workload = Workload(sides.vocabulary_size(model), output_tokens=arguments.output_tokens)
     with contextlib.ExitStack() as stack:
         logs = Path(tempfile.mkdtemp(prefix="switchyard-bench-"))
-        servers = {side: stack.enter_context(_started(side, str(model), arguments.streams, logs)) for side in SIDES}
+        collector = stack.enter_context(_collector())
+        servers = {
+            side: stack.enter_context(_started(side, str(model), arguments.streams, logs, collector)) for side in SIDES
+        }
         for server in servers.values():
             warm_up = replace(workload, output_tokens=WARM_UP_TOKENS)
             run_level(server.base_url, server.model, warm_up, arguments.streams, arguments.streams)
@@ -70,11 +77,12 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 @contextlib.contextmanager
-def _started(side: str, model: str, streams: int, logs: Path) -> Iterator[Server]:
+def _started(side: str, model: str, streams: int, logs: Path, collector: str) -> Iterator[Server]:
     from ops.ports import free_ports
 
     args = sides.bench_args(model, num_workers=1, dtype="auto", streams=streams, tokens=128)
-    settings = parse_settings({**args, "metrics": side == "on"})
+    tracing = {"endpoint": collector if side == "on" else None, "protocol": "http"}
+    settings = parse_settings({**args, "metrics": side == "on", "tracing": tracing})
     config = logs / f"{side}.yaml"
     sides.write_config(config, settings)
     (port,) = free_ports(1)
@@ -100,12 +108,59 @@ def _pair(number: int, servers: Mapping[str, Server], workload: Workload, stream
 
 
 def _turn(server: Server, workload: Workload, streams: int, is_observed: bool) -> Turn:
-    with _scraped(server.base_url + "/metrics") if is_observed else contextlib.nullcontext():
+    with _observed(server) if is_observed else contextlib.nullcontext():
         cpu_s = server.cpu_s()
         level = run_level(server.base_url, server.model, workload, streams, 2 * streams)
         cpu_s = server.cpu_s() - cpu_s
     num_tokens = sum(trace.num_tokens for trace in level.traces)
     return Turn(num_tokens / level.duration_s, cpu_s / num_tokens * 1000)
+
+
+@contextlib.contextmanager
+def _observed(server: Server) -> Iterator[None]:
+    """Meanwhile Prometheus scrapes it, and a console is open."""
+    with _scraped(server.base_url + "/metrics"), _watched(run_of(server)):
+        yield
+
+
+@contextlib.contextmanager
+def _watched(run: Run) -> Iterator[None]:
+    """Meanwhile somebody looks at the console, which is told whatever changes."""
+    done = threading.Event()
+
+    def watch() -> None:
+        with contextlib.closing(ApiClient(run.ops, run.token).stream("/api/stream")) as lines:
+            for _ in lines:  # there is something new every two seconds at least
+                if done.is_set():
+                    return
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(_SCRAPE_LIMIT_S)
+
+
+@contextlib.contextmanager
+def _collector() -> Iterator[str]:
+    """The URL of an OpenTelemetry collector that takes all and keeps nothing."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            """Nothing on stderr."""
+
+    with http.server.ThreadingHTTPServer((sides.HOST, 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://{sides.HOST}:{server.server_address[1]}/v1/traces"
+        server.shutdown()
 
 
 @contextlib.contextmanager

@@ -14,7 +14,8 @@ from types import TracebackType
 
 import psutil
 
-from cluster.errors import SwitchyardError
+from cluster.errors import ConfigError, SwitchyardError
+from ops.runs import Run, find_run
 
 POLL_S = 0.5
 LOG_TAIL_LINES = 30
@@ -22,6 +23,7 @@ HTTP_TIMEOUT_S = 5.0
 # An orderly stop of Ray and vLLM takes seconds on two busy cores; after that they are killed.
 STOP_TIMEOUT_S = 60.0
 LEFTOVER_PATIENCE_S = 3.0
+_ANNOUNCED_S = 30.0
 
 
 class ServerFailed(SwitchyardError):
@@ -199,3 +201,15 @@ def total_cpu_s() -> float:
 def num_cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def run_of(server: Server) -> Run:
+    """What a `switchyard serve` says of itself, soon after it answers over HTTP. Raises ConfigError if it does not."""
+    end_s = time.monotonic() + _ANNOUNCED_S
+    while True:
+        try:
+            return find_run(urllib.parse.urlsplit(server.base_url).port)
+        except ConfigError:
+            if time.monotonic() > end_s:
+                raise
+            time.sleep(POLL_S)

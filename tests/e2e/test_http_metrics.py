@@ -6,6 +6,7 @@ import re
 import socket
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from email.message import Message
 from pathlib import Path
@@ -19,7 +20,7 @@ from ops.observe.alerts import ALERTS
 from ops.observe.dashboards import DASHBOARDS, to_grafana
 from ops.observe.query import series_in
 from tests.otlp import Collector, attributes
-from tests.serving import COLLECTOR_PORT, TWO_ENGINES, Serving, wait_until
+from tests.serving import COLLECTOR_PORT, CONSOLE_TOKEN, TWO_ENGINES, Serving, wait_until
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -161,10 +162,28 @@ def test_a_prompt_is_nowhere_but_in_its_answer(server):
     secrets = [CANARY, CANARY.split()[0], ", ".join(map(str, ids)), json.dumps(generated)[1:-1]]
     with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as response:
         written = {"/metrics": response.read(), "status": json.dumps(server.ask("status")).encode()}
+    written |= console_after_a_chat(server, CANARY)
     written |= {str(path): path.read_bytes() for path in Path(server.ask("logs")).rglob("*") if path.is_file()}
     assert len(written) > 10
     found = [(name, secret) for name, data in written.items() for secret in secrets if secret.encode() in data]
     assert not found
+
+
+def console_after_a_chat(server: Serving, canary: str) -> dict[str, bytes]:
+    """What the console's server tells after somebody has asked for that on its chat page."""
+    link = urllib.parse.urlsplit(server.ask("console", args=dict(TWO_ENGINES)))
+    console = f"http://{link.netloc}"
+    headers = {"Authorization": f"Bearer {CONSOLE_TOKEN}", "Content-Type": "application/json"}
+    question = {"mode": "completion", "prompt": canary, "max_tokens": 4}
+    chat = urllib.request.Request(f"{console}/api/chat", json.dumps(question).encode(), headers)
+    with urllib.request.urlopen(chat, timeout=60) as response:
+        assert b"choices" in response.read()
+    told = {}
+    for path in ("/api/view", "/api/status", "/api/heat", "/api/events?after=0"):
+        with urllib.request.urlopen(urllib.request.Request(console + path, headers=headers), timeout=60) as response:
+            told[path] = response.read()
+    assert all(told.values())
+    return told
 
 
 def test_a_request_that_comes_with_a_trace_is_followed_to_its_layer_calls(server):

@@ -144,6 +144,25 @@ def test_mutated_files_are_refused_in_words_that_repeat_nothing(tmp_path):
         read_ring(tmp_path / "keys.json")
 
 
+def test_prompts_of_a_key_are_logged_when_it_is_said_so(tmp_path, capsys):
+    file = tmp_path / "keys.json"
+    for words in (["add", "alice"], ["add", "bob", "--log-prompts"], ["log-prompts", "alice", "on"]):
+        assert main(["keys", *words, "--file", str(file)]) == 0
+    assert [record.log_prompts for record in read_ring(file).records] == [True, True]
+    assert main(["keys", "log-prompts", "bob", "off", "--file", str(file)]) == 0
+    assert [record.log_prompts for record in read_ring(file).records] == [True, False]
+    capsys.readouterr()
+    assert main(["keys", "list", "--file", str(file)]) == 0
+    assert capsys.readouterr().out.count("prompts are logged") == 1
+    document = json.loads(file.read_text())
+    for key in document["keys"]:
+        del key["log_prompts"]  # as the first releases wrote it
+    assert [record.log_prompts for record in KeyRing.from_json(json.dumps(document)).records] == [False, False]
+    document["keys"][0]["log_prompts"] = 1
+    with pytest.raises(ConfigError, match="log_prompts has the wrong type"):
+        KeyRing.from_json(json.dumps(document))
+
+
 def test_the_command(tmp_path, capsys):
     file = ["--file", str(tmp_path / "keys.json")]
 

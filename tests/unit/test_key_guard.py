@@ -10,6 +10,7 @@ from deployments.key_guard import NO_KEY, Authorised, Gate
 
 RING, RECORD, KEY = with_new_key(KeyRing(), "alice", 0.0, None, 1)
 RING, FREE, FREE_KEY = with_new_key(RING, "bob", 0.0, None, None)
+RING, _, LOGGED_KEY = with_new_key(RING, "carol", 0.0, None, None, log_prompts=True)
 
 
 class Method:
@@ -113,6 +114,23 @@ def test_only_keys_with_limits_cost_a_question_and_every_lease_is_given_back():
     assert ask(bearer(KEY), gatekeeper=gatekeeper, times=3)[0] == 200
     asked = [lease for _, _, lease in gatekeeper.admit.calls]
     assert len(set(asked)) == 3 and [lease for _, lease in gatekeeper.release.calls] == asked
+
+
+def test_only_the_key_that_asked_for_it_has_its_prompts_logged(caplog):
+    async def inner(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"an answer " * 10_000})
+
+    with caplog.at_level("INFO", logger="ray.serve"):
+        for key in (KEY, FREE_KEY):
+            assert ask(bearer(key), inner=inner)[0] == 200
+        assert "an answer" not in caplog.text
+        assert ask(bearer(LOGGED_KEY), path="/v1/completions", inner=inner)[0] == 200
+    (line,) = (record.message for record in caplog.records if record.message.startswith("prompt log: "))
+    logged = json.loads(line.removeprefix("prompt log: "))
+    assert (logged["key"], logged["path"]) == ("carol", "/v1/completions")
+    assert logged["answered"].startswith("an answer ") and len(logged["answered"]) == 1 << 16
+    assert LOGGED_KEY not in line
 
 
 def test_without_a_gatekeeper_an_engine_keeps_its_share_of_the_limits():
