@@ -61,8 +61,7 @@ def _a_killed_worker_is_seen_in_time(page: Any, serving: Serving) -> None:
     pid = next(each["pid"] for each in shards[0]["replicas"] if each["id"] == victim)
     os.kill(pid, signal.SIGKILL)
     page.locator("#alerts", has_text=victim).wait_for(timeout=SHOWN_WITHIN_MS)
-    assert victim not in replicas(page, 0) and "missing" in page.locator("#health").inner_text()
-    page.locator("[data-shard='0'] .pending").wait_for()
+    assert victim not in replicas(page, 0)
 
 
 def _a_drain_changes_the_epoch(page: Any) -> None:
