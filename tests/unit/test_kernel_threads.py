@@ -1,4 +1,4 @@
-"""A forked worker's kernel threads are as many as its cores, each on its own, though OpenMP was loaded before the fork."""
+"""A forked worker has as many kernel threads as cores, each on its own, though OpenMP was loaded before the fork."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import pytest
 
 _SCRIPT = """
 import json, os, sys
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 import torch
 child = os.fork()
 if child:
