@@ -28,6 +28,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from setproctitle import setproctitle
+
 _ORPHAN_LIMIT_S = 6.0  # longer than a client waits for its worker to end in peace
 _REQUEST_LIMIT_BYTES = 1 << 20
 _REQUEST_LIMIT_S = 5.0
@@ -49,6 +51,7 @@ def main() -> int:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind("\0" + name)
     listener.listen(64)  # whoever asks meanwhile waits here
+    setproctitle("switchyard: nursery")  # also so that it knows where titles go before a worker's environment changes
     _import_everything()
     return Nursery(listener, watched_fd, _be_a_worker).run()
 
@@ -184,8 +187,6 @@ def peer_user(connection: socket.socket) -> int:
 
 
 def _be_a_worker() -> int:
-    from setproctitle import setproctitle
-
     from model import worker_main
 
     setproctitle("switchyard: expert worker")
