@@ -29,6 +29,8 @@ def work():
         return int(line)
     return 0
 
+if "STRANGERS" in os.environ:
+    nursery.peer_user = lambda connection: os.getuid() + 1
 nursery._ORPHAN_LIMIT_S = 0.2
 nursery._import_everything = lambda: print("imported", flush=True)
 nursery._be_a_worker = work
@@ -166,6 +168,21 @@ def test_bad_requests_are_refused_and_harm_nobody(nursery, name):
     asyncio.run(life())
     nursery.kill()
     assert nursery.stderr.read().count(b"a request was refused") == 3
+
+
+def test_processes_of_other_users_get_nothing(monkeypatch, name, guardian):
+    monkeypatch.setenv("STRANGERS", "1")
+    command = [sys.executable, "-c", _NURSERY, name, str(guardian.pid)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, cwd=Path(client.__file__).parents[1]) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == b"imported\n"
+        try:
+            with pytest.raises(client.NurseryFailed):
+                asyncio.run(fork())
+        finally:
+            process.kill()
+        assert b"a process of another user" in process.stderr.read()
 
 
 def test_without_a_node_s_nursery_a_replica_starts_its_own(monkeypatch):
