@@ -52,7 +52,8 @@ class Child:
     def kill(self) -> None:
         """SIGKILL, if it still runs."""
         if self.status is None:
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has ended, and nobody has told yet
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     async def _await_end(self) -> int:
         loop = asyncio.get_running_loop()
@@ -60,12 +61,11 @@ class Child:
         loop.add_reader(self._pidfd, ended.set)
         try:
             await ended.wait()
+            loop.remove_reader(self._pidfd)
             words = b""
-            try:
+            with contextlib.suppress(TimeoutError, OSError):
                 async with asyncio.timeout(_LAST_WORDS_S):
                     words = await loop.sock_recv(self._connection, 4096)
-            except (TimeoutError, OSError):
-                pass
             self.status = json.loads(words)["status"] if words else -signal.SIGKILL
         finally:
             loop.remove_reader(self._pidfd)
