@@ -348,6 +348,12 @@ class Registry:
     def wanted(self) -> Mapping[int, int]:
         return self._wanted
 
+    def what_happened(self) -> tuple[Any, ...]:
+        """Something that differs whenever something has happened; loads and ages are nothing that happens."""
+        engines = [(name, engine.state) for name, engine in self._engines.items()]
+        spares = [(name, spare.state, spare.shard_id) for name, spare in self._spares.items()]
+        return self.table.epoch, self.events.counts.total(), engines, spares, dict(self._wanted)
+
     def status(self, now_s: float) -> dict[str, Any]:
         """Plain JSON types, as `switchyard status --json` prints them (README.md, "Operate it")."""
         return {

@@ -48,6 +48,10 @@ class Control:
         del status["table"]
         return status
 
+    def pulse(self, known: int, wait_s: float) -> int:
+        """A number, as soon as it is not `known` because something has happened; after `wait_s` in any case."""
+        return int(self._router("pulse", known, wait_s))
+
     def expert_load(self) -> list[list[int]]:
         """Tokens that each expert has computed: [layer][expert], growing until the router restarts."""
         return list(self._router("expert_load"))

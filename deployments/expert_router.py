@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -36,6 +37,7 @@ _WANTED_KEY = b"switchyard:wanted-replicas"
 _TICK_S = 0.25
 _LONG_POLL_S = 20.0
 _SPARE_POLL_S = 1.0
+_NAMES_HOLD_S = 10.0  # a node that has joined has its name in status() after that
 _SCRAPE_LIMIT_S = 2.0
 _TELL_RAY_EVERY_S = 10.0
 
@@ -60,6 +62,10 @@ class ExpertRouter:
         self._experts = ExpertLoad(table)
         self._telemetry = Telemetry(self._experts)
         self._changed = asyncio.Condition()
+        self._happened: tuple[Any, ...] = ()
+        self._pulses = 0
+        self._node_names: Mapping[str, str] = {}
+        self._named_s = float("-inf")
         self._rotation = Rotation(_shared_secrets())
         # Until then a restarted router does not know all who live, and must not take them for ready.
         self._may_rotate_s = time.monotonic() + 2 * settings.worker_lost_after_s
@@ -259,11 +265,24 @@ class ExpertRouter:
         """Add an event."""
         self._registry.note(kind, subject, text, time.monotonic())
 
+    async def pulse(self, known: int, wait_s: float) -> int:
+        """A number, as soon as it is not `known` because something has happened; after `wait_s` in any case."""
+        async with self._changed:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait_for(lambda: self._pulse() != known), wait_s)
+        return self._pulse()
+
+    def _pulse(self) -> int:
+        happened = (*self._registry.what_happened(), dict(self._progress), self._rotation.now.stage)
+        if happened != self._happened:
+            self._happened, self._pulses = happened, self._pulses + 1
+        return self._pulses
+
     async def status(self) -> dict[str, Any]:
         """Registry.status() with the names of the nodes, the model's, the layout that was asked for, what workers and
         engines report, and the table itself."""
         status = self._registry.status(time.monotonic())
-        names = await asyncio.to_thread(_node_names)
+        names = await self._names_of_nodes()
         for each in (*(r for shard in status["shards"] for r in shard["replicas"]), *status["engines"]):
             each["node_name"] = names.get(each["node"], "")
         return {
@@ -279,6 +298,11 @@ class ExpertRouter:
             "progress": dict(self._progress),
             "table": self._registry.table.to_json(),
         }
+
+    async def _names_of_nodes(self) -> Mapping[str, str]:
+        if time.monotonic() - self._named_s > _NAMES_HOLD_S:
+            self._node_names, self._named_s = await asyncio.to_thread(_node_names), time.monotonic()
+        return self._node_names
 
     async def check_health(self) -> None:
         if self._ticking.done():

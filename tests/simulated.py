@@ -69,6 +69,11 @@ class SimulatedCluster:
                 row[expert] += int(self._random.expovariate(1 / (20 + 60 * (hash((layer, expert)) % 97 < 9))))
         return [list(row) for row in self.tokens]
 
+    def pulse(self, known: int, wait_s: float) -> int:
+        """Here something happens all the time."""
+        threading.Event().wait(min(wait_s, 0.25))
+        return known + 1
+
     def status(self) -> dict[str, Any]:
         with self._lock:
             names = list(self.workers)

@@ -73,7 +73,8 @@ def command_line(arguments: Mapping[str, Any]) -> list[str]:
         if value is True:
             words.append(option)
         elif value is False:
-            words.append("--no-" + name.replace("_", "-"))
+            # What disables something is a plain switch of vLLM's, off when it is left out.
+            words += [] if name.startswith("disable_") else ["--no-" + name.replace("_", "-")]
         elif isinstance(value, list | tuple):
             words += [option, *map(str, value)]
         elif isinstance(value, Mapping):

@@ -12,8 +12,8 @@ from ops.console.heat import Heat
 from ops.console.history import History
 from ops.console.incidents import incidents
 
-# Something that happened is shown within LOOK_S, loads that only vary every SAMPLE_S.
-LOOK_S = 0.25
+# Something that happens is shown at once, but no more often than this; loads that only vary every SAMPLE_S.
+LOOK_S = 0.1
 SAMPLE_S = 2.0
 _SHOWN_INCIDENTS = 60
 
@@ -33,26 +33,29 @@ class Live:
         self._hurry = threading.Event()
         self._watchers = 0
         self._sampled_s = float("-inf")
+        self._pulse = 0
+        self._publishing = threading.Lock()
         self._view: dict[str, Any] = {}
         self._number = 0
         self._thread = threading.Thread(target=self._run, name="ops-live", daemon=True)
         self._thread.start()
 
     def changed(self) -> None:
-        """Look now."""
-        self._hurry.set()
+        """An action has begun, gone on or ended: tell now."""
+        if self._view:
+            self._publish(time.time(), {**self._view["status"], "events": self._view["events"]}, self._view["trouble"])
 
     def close(self) -> None:
         self._stop.set()
         self._hurry.set()
-        self._thread.join()
+        self._thread.join(2 * SAMPLE_S)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Meanwhile it looks often."""
+        """Meanwhile it looks whenever something happens."""
         with self._lock:
             self._watchers += 1
-        self.changed()
+        self._hurry.set()
         try:
             yield
         finally:
@@ -74,18 +77,29 @@ class Live:
         while not self._stop.is_set():
             self._hurry.clear()
             self._look(time.time())
-            self._hurry.wait(LOOK_S if self._watchers else SAMPLE_S)
+            if not self._stop.wait(LOOK_S):
+                self._await_news()
+
+    def _await_news(self) -> None:
+        if not self._watchers:
+            self._hurry.wait(SAMPLE_S)
+            return
+        try:
+            self._pulse = self._control.pulse(self._pulse, SAMPLE_S)
+        # Looking again says what is wrong.
+        except Exception:
+            self._stop.wait(LOOK_S)
 
     def _look(self, now_s: float) -> None:
         try:
             status = self._control.status()
-            self._publish(now_s, status, "", is_sample=False)  # before whatever else takes time
+            self._publish(now_s, status, "")  # before whatever else takes time
             if now_s - self._sampled_s >= SAMPLE_S:
                 self._sample(now_s, status)
                 self._publish(now_s, status, "", is_sample=True)
         # Ray raises many kinds while the router restarts; people shall see that, and what was known last.
         except Exception as error:
-            self._publish(now_s, self._view.get("status", {}), in_words(error), is_sample=False)
+            self._publish(now_s, self._view.get("status", {}), in_words(error))
 
     def _sample(self, now_s: float, status: Mapping[str, Any]) -> None:
         total, self._nodes = self._control.expert_load(), self._control.nodes()
@@ -94,7 +108,11 @@ class Live:
             self._heat.add(now_s, total)
         self._sampled_s = now_s
 
-    def _publish(self, now_s: float, status: Mapping[str, Any], trouble: str, *, is_sample: bool) -> None:
+    def _publish(self, now_s: float, status: Mapping[str, Any], trouble: str, *, is_sample: bool = False) -> None:
+        with self._publishing:
+            self._publish_alone(now_s, status, trouble, is_sample)
+
+    def _publish_alone(self, now_s: float, status: Mapping[str, Any], trouble: str, is_sample: bool) -> None:
         events = status.get("events", self._view.get("events", []))
         view = {
             "number": self._number + 1,

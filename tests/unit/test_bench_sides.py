@@ -51,7 +51,8 @@ def test_environment_words():
 
 
 def test_vllm_command_line():
-    arguments = {"max_model_len": 512, "enforce_eager": False, "log": True, "names": ["a", "b"], "over": {"k": 1}}
+    switches = {"enforce_eager": False, "disable_log_stats": False, "log": True}
+    arguments = {"max_model_len": 512, **switches, "names": ["a", "b"], "over": {"k": 1}}
     assert sides.command_line(arguments) == [
         *("--max-model-len", "512", "--no-enforce-eager", "--log"),
         *("--names", "a", "b", "--over", '{"k": 1}'),

@@ -202,6 +202,26 @@ def test_engines_come_stall_go_and_are_lost():
     assert engine_kinds == ["engine_started", "engine_ready", "stall_began", "stall_ended", "engine_lost"]
 
 
+def test_what_happens_is_told_from_what_only_varies():
+    cluster = Cluster(replicas=2)
+    registry = cluster.registry
+    seen = [registry.what_happened()]
+    registry.heartbeat("w00", {"tokens": 5}, 1.0)
+    registry.tick(1.0)
+    assert registry.what_happened() == seen[0]
+    for happen in (
+        lambda: registry.engine_heartbeat("e", 1, "node", "starting", 1.0),
+        lambda: registry.engine_heartbeat("e", 1, "node", "stalled", 1.1),
+        lambda: registry.spare_ready("s", 9, "node", 1.2),
+        lambda: registry.leave("w00", "it ended", 1.3),
+        lambda: registry.scale(1, 3, 1.4),
+        lambda: registry.note("drain", "w01", "asked for", 1.5),
+    ):
+        happen()
+        assert registry.what_happened() not in seen
+        seen.append(registry.what_happened())
+
+
 def test_integrity_is_known_when_every_engine_has_looked():
     cluster = Cluster()
     registry = cluster.registry
