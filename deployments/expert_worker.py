@@ -49,11 +49,13 @@ class ExpertWorker:
         self._shard_id = shard_id
         self._role = role
         self._router = router
+        self._tenure: Tenure | None = None
         self._succession: asyncio.Task[None] | None = None
         self._pause_s = 0.0
         await self._begin()
 
     async def check_health(self) -> None:
+        assert self._tenure is not None, "Serve asks after __init__"
         if self._tenure.is_broken and (self._succession is None or self._succession.done()):
             raise RuntimeError(f"{self._replica_id}: the worker is not watched any more")
 
@@ -65,8 +67,9 @@ class ExpertWorker:
         """Serve calls this once at the end of a graceful stop."""
         if self._succession is not None:
             self._succession.cancel()
-        await self._tenure.end()
-        await self._process.stop()
+        if self._tenure is not None:
+            await self._tenure.end()
+            await self._process.stop()
 
     async def _begin(self) -> None:
         settings, shard_id = self._settings, self._shard_id

@@ -141,6 +141,7 @@ class Tenure:
             except TimeoutError:
                 logger.error("worker process %d is silent for %g s: killing it", self._replica.pid, self._hung_after_s)
                 self._process.kill()
+                await self._process.wait()  # it may take its time, on a machine that stands still
                 return
             if await self._beat(load, metrics) == "leave":
                 await self.end()

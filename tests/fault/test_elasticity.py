@@ -22,7 +22,6 @@ def undisturbed(replicated: Serving) -> Answer:
 
 def test_drained_scaled_and_restarted_under_load_nobody_notices(replicated, undisturbed):
     first, second = (each["id"] for each in replicas(replicated, 0))
-    (moved, _) = (each["id"] for each in replicas(replicated, 1))
     load = Load(replicated)
     try:
         replicated.ask("control", method="drain", worker=first)
@@ -31,10 +30,14 @@ def test_drained_scaled_and_restarted_under_load_nobody_notices(replicated, undi
             replicated.ask("control", method="drain", worker=second)
         with pytest.raises(RuntimeError, match="there is no worker nobody"):
             replicated.ask("control", method="drain", worker="nobody")
-        replicated.ask("control", method="scale", shard=0, replicas=2)
-        assert len(replicas(replicated, 0)) == 2
-        replicated.ask("control", method="restart", workers=[moved])
-        assert len(replicas(replicated, 1)) == 2 and moved not in {each["id"] for each in replicas(replicated, 1)}
+        for count in (3, 1, 2):
+            replicated.ask("control", method="scale", shard=0, replicas=count)
+            assert len(replicas(replicated, 0)) == count
+        before = {each["id"] for shard in (0, 1) for each in replicas(replicated, shard)}
+        replicated.ask("control", method="restart")
+        for shard in (0, 1):
+            after = {each["id"] for each in replicas(replicated, shard)}
+            assert len(after) == 2 and not after & before
         for arguments in ({"shard": 0, "replicas": 0}, {"shard": 9, "replicas": 1}):
             with pytest.raises(RuntimeError):
                 replicated.ask("control", method="scale", **arguments)
