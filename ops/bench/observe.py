@@ -16,7 +16,7 @@ import statistics
 import tempfile
 import threading
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -123,24 +123,16 @@ def _observed(server: Server) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _watched(run: Run) -> Iterator[None]:
+def _watched(run: Run) -> contextlib.AbstractContextManager[None]:
     """Meanwhile somebody looks at the console, which is told whatever changes."""
-    done = threading.Event()
 
-    def watch() -> None:
+    def watch(done: threading.Event) -> None:
         with contextlib.closing(ApiClient(run.ops, run.token).stream("/api/stream")) as lines:
             for _ in lines:  # there is something new every two seconds at least
                 if done.is_set():
                     return
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join(_SCRAPE_LIMIT_S)
+    return _meanwhile(watch)
 
 
 @contextlib.contextmanager
@@ -163,19 +155,24 @@ def _collector() -> Iterator[str]:
         server.shutdown()
 
 
-@contextlib.contextmanager
-def _scraped(url: str) -> Iterator[None]:
+def _scraped(url: str) -> contextlib.AbstractContextManager[None]:
     """Meanwhile somebody scrapes, at once and every SCRAPE_EVERY_S."""
-    done = threading.Event()
 
-    def scrape() -> None:
+    def scrape(done: threading.Event) -> None:
         while True:
             with urllib.request.urlopen(url, timeout=_SCRAPE_LIMIT_S) as response:
                 response.read()
             if done.wait(SCRAPE_EVERY_S):
                 return
 
-    thread = threading.Thread(target=scrape, daemon=True)
+    return _meanwhile(scrape)
+
+
+@contextlib.contextmanager
+def _meanwhile(work: Callable[[threading.Event], None]) -> Iterator[None]:
+    """`work` in a thread, which ends when the event is set."""
+    done = threading.Event()
+    thread = threading.Thread(target=work, args=(done,), daemon=True)
     thread.start()
     try:
         yield
