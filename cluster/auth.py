@@ -20,6 +20,7 @@ import hashlib
 import hmac
 import os
 import socket
+import struct
 import time
 from collections.abc import Callable, Sequence
 
@@ -142,3 +143,9 @@ def _time_left(deadline_s: float) -> float:
     if left <= 0:
         raise TimeoutError
     return left
+
+
+def peer_user(connection: socket.socket) -> int:
+    """The user id of the process at the other end (SO_PEERCRED, unix(7))."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    return int(struct.unpack("3i", credentials)[1])

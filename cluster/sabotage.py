@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from cluster import wire
+from cluster.auth import peer_user
 from cluster.batching import ComputeFn
 from cluster.errors import ConnectionLost, SwitchyardError
 from cluster.server import ExpertServer
@@ -178,8 +179,7 @@ class Saboteur:
     def _serve(self, sock: socket.socket) -> None:
         """One order, for as long as its connection lasts."""
         with sock, contextlib.suppress(OSError, ValueError, KeyError):
-            credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-            if struct.unpack("3i", credentials)[1] != os.getuid():
+            if peer_user(sock) != os.getuid():
                 return
             sock.settimeout(_ORDER_LIMIT_S)
             order = json.loads(sock.makefile("rb").readline())

@@ -18,9 +18,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from cluster.auth import peer_user
 from cluster.errors import SwitchyardError
 from deployments.environment import quiet_environment
-from model.nursery import peer_user
 
 NURSERY = "SWITCHYARD_NURSERY"
 """The variable with the name of the node's nursery."""

@@ -21,7 +21,6 @@ import os
 import selectors
 import signal
 import socket
-import struct
 import sys
 import time
 from collections.abc import Callable
@@ -29,6 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from setproctitle import setproctitle
+
+from cluster.auth import peer_user
 
 _ORPHAN_LIMIT_S = 6.0  # longer than a client waits for its worker to end in peace
 _REQUEST_LIMIT_BYTES = 1 << 20
@@ -178,12 +179,6 @@ class Nursery:
         for pid, worker in self._workers.items():
             if worker.orphaned_at_s is not None and now_s - worker.orphaned_at_s > _ORPHAN_LIMIT_S:
                 os.kill(pid, signal.SIGKILL)
-
-
-def peer_user(connection: socket.socket) -> int:
-    """The user id of the process at the other end (SO_PEERCRED, unix(7))."""
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    return int(struct.unpack("3i", credentials)[1])
 
 
 def _be_a_worker() -> int:

@@ -132,13 +132,7 @@ def _state(record: KeyRecord, now_s: float) -> str:
     if record.revoked_s is not None:
         return "revoked"
     has_former = record.former_until_s is not None and now_s < record.former_until_s
-    return ", ".join(
-        [
-            "valid",
-            *(["the former key too"] if has_former else []),
-            *(["prompts are logged"] if record.log_prompts else []),
-        ]
-    )
+    return "valid" + ", the former key too" * has_former + ", prompts are logged" * record.log_prompts
 
 
 def _public(record: KeyRecord) -> dict[str, object]:
