@@ -8,6 +8,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Callable
 from email.message import Message
 from pathlib import Path
 
@@ -56,13 +57,19 @@ def total(samples: Samples, series: str, **labels: str) -> float:
     return sum(value for (name, has), value in samples.items() if name == series and wanted <= set(has))
 
 
-def scraped_when(server: Serving, condition, timeout_s: float = 15.0) -> Samples:
-    """Counters reach a scrape within a second or two."""
+def scraped_when(server: Serving, condition: Callable[[Samples], str], timeout_s: float = 60.0) -> Samples:
+    """Counters reach a scrape within a second or two. `condition` says what is still missing; "" when nothing is."""
     end_s = time.monotonic() + timeout_s
-    while not condition(samples := scrape(f"{server.url}/metrics")):
-        assert time.monotonic() < end_s, sorted(samples)
+    while missing := condition(samples := scrape(f"{server.url}/metrics")):
+        assert time.monotonic() < end_s, missing
         time.sleep(0.2)
     return samples
+
+
+def unaccounted(samples: Samples) -> str:
+    """Engines have sent what workers have received, once nothing is under way and both have reported."""
+    sent, received = (total(samples, f"switchyard_{side}messages_total") for side in ("", "worker_"))
+    return "" if 0 < sent == received else f"engines have sent {sent} messages, workers have received {received}"
 
 
 def send_garbage(server: Serving) -> None:
@@ -78,22 +85,22 @@ def send_garbage(server: Serving) -> None:
 
 def test_every_series_of_dashboards_and_alerts_is_in_a_scrape(server):
     """And the figures agree: with what was asked for, and between engines and workers."""
-    before = scrape(f"{server.url}/metrics")
+    tokens = "vllm:generation_tokens_total"
+    before = scraped_when(server, unaccounted)
     assert complete(server)[0] == 200
     with contextlib.suppress(ConnectionResetError):
         send_garbage(server)
 
-    def is_settled(now: Samples) -> bool:
-        def grown(series: str) -> float:
-            return total(now, series) - total(before, series)
+    def unsettled(now: Samples) -> str:
+        if total(now, "switchyard_worker_rejected_total") == 0:
+            return "no worker has rejected the garbage"
+        if total(now, tokens) < total(before, tokens) + NUM_TOKENS:
+            return "vLLM has not counted all generated tokens"
+        if total(now, "switchyard_messages_total") == total(before, "switchyard_messages_total"):
+            return "the engine has not counted the messages"
+        return unaccounted(now)
 
-        return (
-            total(now, "switchyard_worker_rejected_total") > 0
-            and grown("vllm:generation_tokens_total") >= NUM_TOKENS
-            and 0 < grown("switchyard_messages_total") == grown("switchyard_worker_messages_total")
-        )
-
-    samples = scraped_when(server, is_settled)
+    samples = scraped_when(server, unsettled)
     names = {name for name, _ in samples}
     used = {series for alert in ALERTS for series in series_in(alert.expr)}
     used |= {series for dashboard in DASHBOARDS for series in series_in(json.dumps(to_grafana(dashboard)))}

@@ -40,17 +40,21 @@ def private_bytes(serving: Serving, name: str, count: int) -> list[int]:
 
     Waits until there are as many: those of the deployment before end a moment after it is gone.
     """
-    wait_until(lambda: len(_private_bytes(serving, name)) == count, f"{count} processes {name}")
-    return _private_bytes(serving, name)
+    wait_until(
+        lambda: len(_processes(serving, name)) == count,
+        lambda: f"{count} processes {name}; there are {_processes(serving, name)}",
+    )
+    return sorted(process.memory_full_info().uss for process in _processes(serving, name))
 
 
-def _private_bytes(serving: Serving, name: str) -> list[int]:
+def _processes(serving: Serving, name: str) -> list[psutil.Process]:
+    """All of that title that this Ray has started."""
     found = []
     for process in psutil.Process(serving.process_id).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
             if name in " ".join(process.cmdline()):
-                found.append(process.memory_full_info().uss)
-    return sorted(found)
+                found.append(process)
+    return found
 
 
 def test_a_request_outlives_the_only_worker_of_its_experts(serving: Serving) -> None:
@@ -96,6 +100,7 @@ def test_an_engine_outlives_the_time_without_experts(serving: Serving) -> None:
     stream = threading.Thread(target=lambda: streamed.extend(stream_events(serving, num_tokens=100)))
     stream.start()
     wait_until(lambda: calls(serving) > served, "the request has reached the workers")
+    kill_nurseries(serving)  # else the worker has a successor within the time
     os.kill(victim, signal.SIGKILL)
     stream.join(60)
     assert json.loads(streamed[-2].removeprefix("data: "))["error"]["code"] == 503
@@ -108,15 +113,17 @@ def test_an_engine_outlives_the_time_without_experts(serving: Serving) -> None:
     assert engine_processes(serving) == engine
 
 
+def kill_nurseries(serving: Serving) -> None:
+    """The next worker process needs a nursery of its own replica, which takes seconds to import vLLM."""
+    found = _processes(serving, "switchyard: nursery")
+    assert found
+    for process in found:
+        process.kill()
+
+
 def engine_processes(serving: Serving) -> set[int]:
     """The process numbers of vLLM's workers."""
-    children = psutil.Process(serving.process_id).children(recursive=True)
-    found = set()
-    for process in children:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if "VLLM::Worker" in " ".join(process.cmdline()):
-                found.add(process.pid)
-    return found
+    return {process.pid for process in _processes(serving, "VLLM::Worker")}
 
 
 def stream_events(serving: Serving, num_tokens: int) -> list[str]:
