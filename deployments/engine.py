@@ -35,6 +35,7 @@ from deployments.environment import apply_defaults, engine_environment, feed_env
 from deployments.http_guard import OpenAIErrors
 from deployments.key_guard import Authorised, Gate
 from deployments.models import attribution_of
+from deployments.open_requests import OpenRequests
 from deployments.privacy import Private, forbid_core_dumps
 from deployments.prometheus import ClusterMetrics
 from deployments.shortage import EndInShortage, Shortage
@@ -46,6 +47,8 @@ _RETRY_ROUTER_S = 1.0
 _HEARTBEAT_EVERY_S = 1.0
 _LOOK_EVERY_S = 0.25
 _LAST_WORDS_S = 1.0
+_QUIET_S = 0.1
+_QUIET_LIMIT_S = 5.0
 
 
 class TableLink:
@@ -165,6 +168,7 @@ class EngineReplica:
         self._engine: Any = None
         self._shared_memory: frozenset[str] = frozenset()
         self._link: TableLink | None = None
+        self._open_requests: OpenRequests | None = None
         self._router = router
         self._attribution = attribution_of(settings.model)
         self._shortage = Shortage(asyncio.get_running_loop())
@@ -196,7 +200,10 @@ class EngineReplica:
         if self._gate is not None:
             app = Authorised(app, self._gate)
         app = Attributed(Private(app), self._attribution)
-        return Traced(app) if self._is_traced else app
+        if self._is_traced:
+            app = Traced(app)
+        self._open_requests = OpenRequests(app)
+        return self._open_requests
 
     def _start_metrics(self, settings: Settings) -> EngineMetrics:
         processes = [psutil.Process(), *vllm_app.engine_processes()]
@@ -227,6 +234,9 @@ class EngineReplica:
         if self._link is not None:
             self._link.close("vLLM's engine is dead")
         await asyncio.sleep(_LAST_WORDS_S)
+        # Until Serve has noticed, requests still come here; each of them gets its answer.
+        if self._open_requests is not None:
+            await self._open_requests.wait_for_quiet(_QUIET_S, _QUIET_LIMIT_S)
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
