@@ -105,6 +105,48 @@ class TracingSettings:
 
 
 @dataclass(frozen=True)
+class EngineScalingSettings:
+    """Engines come and go with the requests that are open, by Ray Serve's own autoscaling."""
+
+    max_replicas: int | None = _number(None, least=1)
+    """Most engines, a count. None: there are always `engines`."""
+    min_replicas: int = _number(1, least=0)
+    """Fewest engines, a count. 0: none without requests; the first one then waits for an engine's start."""
+    target_ongoing_requests: float = _number(16.0, above=0)
+    """Requests, running and waiting, that each engine shall have."""
+    upscale_delay_s: float = _number(10.0, least=0)
+    """Seconds for which more engines must have been wanted."""
+    downscale_delay_s: float = _number(300.0, least=0)
+    """Seconds for which fewer engines must have been wanted."""
+
+
+@dataclass(frozen=True)
+class ExpertScalingSettings:
+    """Shards get replicas while their workers are busy (cluster/scaling.py); there are always at least `replicas`."""
+
+    max_replicas: int | None = _number(None, least=1)
+    """Most replicas of one shard, a count. None: shards are not scaled by load."""
+    max_workers: int | None = _number(None, least=1)
+    """Most workers of all shards together, a count; the busiest shard is first. None: no limit of its own."""
+    scale_up_at: float = _number(0.7, above=0)
+    """Another replica from this busy share on: the time in which a worker's kernels compute, out of all time."""
+    scale_down_at: float = _number(0.4, above=0)
+    """One replica less if the others stay below this busy share without it."""
+    upscale_delay_s: float = _number(10.0, least=0)
+    """Seconds for which a shard must have been busy."""
+    downscale_delay_s: float = _number(300.0, least=0)
+    """Seconds for which it must not have been."""
+
+
+@dataclass(frozen=True)
+class AutoscalingSettings:
+    """What grows and shrinks with the load. Off unless a `max_replicas` is set."""
+
+    engines: EngineScalingSettings = field(default_factory=EngineScalingSettings)
+    experts: ExpertScalingSettings = field(default_factory=ExpertScalingSettings)
+
+
+@dataclass(frozen=True)
 class Settings:
     """The whole application."""
 
@@ -139,6 +181,7 @@ class Settings:
     metrics: bool = True
     """Count and time layer calls, requests and energy, and serve the whole cluster's metrics at /metrics."""
     tracing: TracingSettings = field(default_factory=TracingSettings)
+    autoscaling: AutoscalingSettings = field(default_factory=AutoscalingSettings)
     layout: LayoutSettings | None = None
     """Where everything runs, in place of `workers`, `replicas` and `shadow`. None: Ray finds room."""
     engine: EngineSettings = field(default_factory=EngineSettings)
@@ -149,11 +192,45 @@ class Settings:
             raise ConfigError("model: is empty. Give the path of a checkpoint folder.")
         if self.tracing.sample > 1:
             raise ConfigError(f"tracing.sample: is {self.tracing.sample:g}, must be 1 or less.")
+        self._check_autoscaling()
         if self.engine.max_num_seqs > self.engine.max_num_batched_tokens:
             raise ConfigError(
                 f"engine.max_num_batched_tokens: {self.engine.max_num_batched_tokens} is less than "
                 f"engine.max_num_seqs ({self.engine.max_num_seqs}). Every running request needs one token per step."
             )
+
+    def _check_autoscaling(self) -> None:
+        engines, experts = self.autoscaling.engines, self.autoscaling.experts
+        if engines.max_replicas is not None and not engines.min_replicas <= self.engines <= engines.max_replicas:
+            raise ConfigError(
+                f"engines: is {self.engines}, but autoscaling.engines allows {engines.min_replicas} to "
+                f"{engines.max_replicas}. It is the number to begin with."
+            )
+        if experts.scale_down_at >= experts.scale_up_at:
+            raise ConfigError(
+                f"autoscaling.experts.scale_down_at: {experts.scale_down_at:g} is not less than scale_up_at "
+                f"({experts.scale_up_at:g}). Replicas would come and go without end."
+            )
+        if experts.max_replicas is None:
+            return
+        if self.layout is None and self.replicas > experts.max_replicas:
+            raise ConfigError(f"replicas: is {self.replicas}, but autoscaling.experts allows {experts.max_replicas}.")
+        if self.layout is None and self.workers * self.replicas > (experts.max_workers or math.inf):
+            raise ConfigError(
+                f"autoscaling.experts.max_workers: is {experts.max_workers}, but {self.workers} shards of "
+                f"{self.replicas} replicas are {self.workers * self.replicas} workers to begin with."
+            )
+
+    @property
+    def fewest_engines(self) -> int:
+        """How many there are at least."""
+        scaling = self.autoscaling.engines
+        return self.engines if scaling.max_replicas is None else scaling.min_replicas
+
+    @property
+    def most_engines(self) -> int:
+        """How many there can be at a time."""
+        return self.autoscaling.engines.max_replicas or self.engines
 
     @property
     def name(self) -> str:

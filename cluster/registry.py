@@ -18,6 +18,7 @@ from cluster.events import EventLog
 from cluster.membership import Membership
 from cluster.outages import Outages
 from cluster.routing import Replica, ReplicaState, Role, RoutingTable
+from cluster.scaling import ShardLoad
 
 # A spare stays until a primary of its shard has been there for so long: not to leave with the next crash.
 _RELEASE_AFTER_S = 2.0
@@ -324,7 +325,7 @@ class Registry:
         """Add an event."""
         self.events.add(kind, subject, text, now_s)
 
-    def scale(self, shard_id: int, replicas: int, now_s: float) -> None:
+    def scale(self, shard_id: int, replicas: int, now_s: float, why: str = "asked for") -> None:
         """So many replicas are wanted of a shard. Raises ConfigError for an unknown shard or less than one."""
         if shard_id not in self._wanted:
             raise ConfigError(f"there is no shard {shard_id}; the shards are {sorted(self._wanted)}")
@@ -336,8 +337,17 @@ class Registry:
                 "more nodes for it"
             )
         if self._wanted[shard_id] != replicas:
-            self.note("scaled", f"shard {shard_id}", f"{self._wanted[shard_id]} -> {replicas} replicas", now_s)
+            self.note("scaled", f"shard {shard_id}", f"{self._wanted[shard_id]} -> {replicas} replicas, {why}", now_s)
             self._wanted[shard_id] = replicas
+
+    def shard_loads(self) -> dict[int, ShardLoad]:
+        """How busy the primaries of each shard are that serve."""
+        busy: dict[int, list[float]] = {shard_id: [] for shard_id in self._wanted}
+        for replica in self.table.replicas:
+            if replica.role is Role.PRIMARY and replica.state is ReplicaState.ONLINE:
+                worker = self._workers.get(replica.replica_id)
+                busy[replica.shard_id].append(float(worker.load.get("busy", 0.0)) if worker else 0.0)
+        return {shard_id: ShardLoad(self._wanted[shard_id], len(each), sum(each)) for shard_id, each in busy.items()}
 
     @property
     def started_engines(self) -> tuple[str, ...]:

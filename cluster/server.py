@@ -355,7 +355,7 @@ class ExpertServer:
         }
 
     def load(self) -> dict[str, Any]:
-        """How busy the worker is: tokens and messages computed since the start, messages waiting now.
+        """How busy the worker is: tokens and messages computed since the start and for how long, messages waiting now.
 
         "expert_tokens" says which experts computed them (cluster/expert_load.py).
         """
@@ -363,6 +363,7 @@ class ExpertServer:
             "expert_tokens": encoded(self._batcher.expert_tokens),
             "tokens": self._counters["computed_tokens"],
             "messages": self._counters["computed_messages"],
+            "compute_s": self._counters["compute_ns"] / 1e9,
             "waiting": sum(len(waiting) for waiting in list(self._pending.values())),
         }
 

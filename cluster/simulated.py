@@ -37,6 +37,8 @@ class Outcome:
     num_failed: int
     busiest_worker: float
     mean_worker: float
+    busy: tuple[tuple[float, ...], ...]
+    """Of each shard, the busy share of each of its workers."""
     curve: tuple[int, ...]
     impacts: tuple[Impact, ...]
 
@@ -67,11 +69,12 @@ class Recorder:
     def fail(self) -> None:
         self._num_failed += 1
 
-    def outcome(self, busy_s: Sequence[float]) -> Outcome:
-        """`busy_s` of every worker, over the whole run."""
+    def outcome(self, busy_s: Sequence[Sequence[float]]) -> Outcome:
+        """`busy_s` of every worker, shard by shard, over the whole run."""
         load = self._load
         tokens = len(self._ttft_s) + len(self._gaps_s)
-        shares = [min(1.0, each / load.duration_s) for each in busy_s]
+        busy = tuple(tuple(min(1.0, each / load.duration_s) for each in replicas) for replicas in busy_s)
+        shares = [share for replicas in busy for share in replicas]
         return Outcome(
             tokens_per_s=tokens / (load.duration_s - load.warm_up_s),
             ttft_p50_s=percentile(self._ttft_s, 50),
@@ -82,6 +85,7 @@ class Recorder:
             num_failed=self._num_failed,
             busiest_worker=max(shares),
             mean_worker=sum(shares) / len(shares),
+            busy=busy,
             curve=tuple(self._curve),
             impacts=tuple(impact_of(self._curve, loss.at_s, loss.node) for loss in load.losses),
         )

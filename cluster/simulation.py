@@ -166,8 +166,7 @@ class _Simulation:
             if self._now_s >= next_s:
                 progress(self._now_s)
                 next_s = self._now_s + self._load.duration_s / 100
-        busy = [worker.busy_s for replicas in self._workers for worker in replicas]
-        return self._record.outcome(busy)
+        return self._record.outcome([[worker.busy_s for worker in replicas] for replicas in self._workers])
 
     def _at(self, time_s: float, action: Callable[[], None]) -> None:
         heapq.heappush(self._events, (time_s, next(self._order), action))

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import LoggingConfig
 
 from cluster.config import Settings, parse_settings, to_args
@@ -23,6 +24,7 @@ from deployments.expert_router import ExpertRouter
 from deployments.expert_worker import ExpertWorker, WarmSpare
 from deployments.gatekeeper import Gatekeeper
 from deployments.models import check_licence, resolve_model
+from deployments.targets import experts_name
 from model.expert_weights import is_expert_tensor
 from model.integer_experts import loaded_bytes_per_stored
 from model.moe_spec import MoeSpec, inspect_checkpoint, read_header_or_raise, weight_files
@@ -80,8 +82,11 @@ def build_app(args: Mapping[str, Any]) -> Application:
     settings, spec = plan.settings, plan.spec
     values = to_args(settings)
     engine_nodes = settings.layout.engine_nodes if settings.layout is not None else ()
-    engine = _deployment(
-        Engine, ENGINE_NAME, settings.engines, _gpus(settings.engine.num_gpus), _ENGINE_CALLS, engine_nodes
+    engine = _scaled(
+        _deployment(
+            Engine, ENGINE_NAME, settings.engines, _gpus(settings.engine.num_gpus), _ENGINE_CALLS, engine_nodes
+        ),
+        settings,
     )
     gatekeeper = None
     if settings.api_keys is not None:
@@ -118,11 +123,6 @@ def _worker_deployments(settings: Settings, shard: int, num_shards: int) -> Iter
     yield _deployment(ExpertWorker, experts_name(shard), replicas, gpus, _ROUTER_CALLS, nodes), Role.PRIMARY
     if has_shadow:
         yield _deployment(ExpertWorker, f"shadow-{shard}", 1, 0, _ROUTER_CALLS, shadow_nodes), Role.SHADOW
-
-
-def experts_name(shard_id: int) -> str:
-    """The Serve deployment that holds the primaries of a shard."""
-    return f"experts-{shard_id}"
 
 
 def _sizes(model: str) -> tuple[int, int]:
@@ -166,6 +166,24 @@ def _deployment(
         health_check_timeout_s=30,
         graceful_shutdown_wait_loop_s=0.2,
         graceful_shutdown_timeout_s=_TELLERS_END_S if name in (ROUTER_NAME, GATEKEEPER_NAME) else 10,
+    )
+
+
+def _scaled(engine: Any, settings: Settings) -> Any:
+    """The deployment of the engines, which Serve scales where the settings allow more or less than `engines`."""
+    wanted = settings.autoscaling.engines
+    if wanted.max_replicas is None:
+        return engine
+    return engine.options(
+        num_replicas="auto",
+        autoscaling_config=AutoscalingConfig(
+            min_replicas=wanted.min_replicas,
+            initial_replicas=settings.engines,
+            max_replicas=wanted.max_replicas,
+            target_ongoing_requests=wanted.target_ongoing_requests,
+            upscale_delay_s=wanted.upscale_delay_s,
+            downscale_delay_s=wanted.downscale_delay_s,
+        ),
     )
 
 

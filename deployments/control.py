@@ -193,19 +193,16 @@ class Control:
 
     def _set_target(self, shard_id: int, replicas: int) -> None:
         import ray
-        from ray.serve._private.common import DeploymentID
-        from ray.serve.context import _get_global_client
 
-        from deployments.app import experts_name
+        from deployments.targets import set_replicas
 
-        deployment = DeploymentID(name=experts_name(shard_id), app_name=self._app)
-        ray.get(_get_global_client()._controller.update_deployment_replicas.remote(deployment, replicas))
+        ray.get(set_replicas(self._app, shard_id, replicas))
 
     def _running(self, shard_id: int) -> int:
         """Replicas of a shard that Serve takes for running."""
         from ray import serve
 
-        from deployments.app import experts_name
+        from deployments.targets import experts_name
 
         deployment = serve.status().applications[self._app].deployments[experts_name(shard_id)]
         return int(deployment.replica_states.get("RUNNING", 0))

@@ -173,7 +173,7 @@ class EngineReplica:
         self._attribution = attribution_of(settings.model)
         self._shortage = Shortage(asyncio.get_running_loop())
         self._id = f"engine-{uuid.uuid4().hex[:8]}"
-        self._gate = Gate(gatekeeper, self._id, settings.engines) if gatekeeper is not None else None
+        self._gate = Gate(gatekeeper, self._id, settings.most_engines) if gatekeeper is not None else None
         apply_defaults(engine_environment(settings, engine_cores(settings, allowed_cores())))
         if router is not None:
             self._link = TableLink(settings, router, await router.secrets.remote(), self._id, self._shortage)

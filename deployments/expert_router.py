@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
+from ray import serve
 from ray.experimental import internal_kv
 
 from cluster.blame import Cause
@@ -26,15 +27,18 @@ from cluster.readings import readings
 from cluster.registry import Registry, SpareState
 from cluster.rotation import SECRET_BYTES, Rotation, Secrets
 from cluster.routing import Replica, ReplicaState, RoutingTable
+from cluster.scaling import ShardScaler
 from cluster.telemetry import Telemetry
 from deployments.engine_metrics import version
 from deployments.ray_metrics import RayMetrics
+from deployments.targets import set_replicas
 
 logger = logging.getLogger("ray.serve")
 
 _SECRETS_KEY = b"switchyard:data-plane-secrets"
 _WANTED_KEY = b"switchyard:wanted-replicas"
 _TICK_S = 0.25
+_SCALE_EVERY_S = 1.0
 _LONG_POLL_S = 20.0
 _SPARE_POLL_S = 1.0
 _NAMES_HOLD_S = 10.0  # a node that has joined has its name in status() after that
@@ -59,6 +63,7 @@ class ExpertRouter:
         self._registry = Registry(
             table, settings.worker_lost_after_s, wanted, time.monotonic(), time.time(), most_replicas(settings)
         )
+        self._app = serve.get_replica_context().app_name
         self._experts = ExpertLoad(table)
         self._telemetry = Telemetry(self._experts)
         self._changed = asyncio.Condition()
@@ -71,6 +76,10 @@ class ExpertRouter:
         self._may_rotate_s = time.monotonic() + 2 * settings.worker_lost_after_s
         self._progress: dict[str, str] = {}
         self._ticking = asyncio.create_task(self._tick())
+        if settings.autoscaling.experts.max_replicas is not None:
+            least = replicas_of(settings, len(shards))
+            scaler = ShardScaler(settings.autoscaling.experts, least, most_replicas(settings))
+            self._scaling = asyncio.create_task(self._scale_by_load(scaler))
         if settings.metrics:
             self._to_ray = asyncio.create_task(self._tell_ray())
 
@@ -242,9 +251,9 @@ class ExpertRouter:
         """`source` (a worker or an engine) says in a few words what it is doing."""
         self._progress[source] = stage
 
-    async def scale(self, shard_id: int, replicas: int) -> None:
+    async def scale(self, shard_id: int, replicas: int, why: str = "asked for") -> None:
         """So many replicas are wanted of a shard from now on, also by the next router. Raises ConfigError."""
-        self._registry.scale(shard_id, replicas, time.monotonic())
+        self._registry.scale(shard_id, replicas, time.monotonic(), why)
         table = self._registry.table
         _remember_wanted(table.model_fingerprint, dict(self._registry.wanted))
 
@@ -318,6 +327,22 @@ class ExpertRouter:
             if time.monotonic() > self._may_rotate_s and self._rotation.advance(*self._members()):
                 await self._secrets_changed()
             await self._notify()
+
+    async def _scale_by_load(self, scaler: ShardScaler) -> None:
+        told: dict[int, int] = {}  # Serve may have begun anew, with the settings' numbers
+        while True:
+            await asyncio.sleep(_SCALE_EVERY_S)
+            for shard, change in scaler.decide(self._registry.shard_loads(), time.monotonic()).items():
+                await self.scale(shard, change.replicas, change.why)
+            for shard, replicas in self._registry.wanted.items():
+                if told.get(shard) == replicas:
+                    continue
+                # Ray raises many kinds while Serve's controller restarts; then it is told again.
+                try:
+                    await set_replicas(self._app, shard, replicas)
+                    told[shard] = replicas
+                except Exception as error:
+                    logger.warning("Serve was not told of shard %d's %d replicas: %s", shard, replicas, error)
 
     def _members(self) -> tuple[list[str], tuple[str, ...]]:
         """Workers and engines that live."""

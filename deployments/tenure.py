@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import enum
 import logging
+import math
 import time
 from collections.abc import Callable, Coroutine
 from typing import Any
@@ -22,6 +23,7 @@ _HEARTBEAT_EVERY_S = 1.0
 _DRAIN_LIMIT_S = 5.0
 _ROUTER_LIMIT_S = 2.0
 _RETRY_S = 1.0
+_BUSY_OVER_S = 5.0  # requests come and go within a second; replicas do not
 
 
 class End(enum.Enum):
@@ -59,7 +61,8 @@ class Tenure:
         self._on_end = on_end
         self._energy = energy
         self._tasks: list[asyncio.Task[None]] = []
-        self._last = (time.monotonic(), 0)
+        self._last_s, self._last_tokens, self._last_compute_s = time.monotonic(), 0, 0.0
+        self._busy = 0.0
 
     async def begin(self) -> None:
         """Enter the routing table. Raises ConfigError when the router wants another model."""
@@ -169,5 +172,8 @@ class Tenure:
     async def _load(self) -> dict[str, Any]:
         load = (await self._process.request("load"))["load"]
         now_s = time.monotonic()
-        (last_s, last_tokens), self._last = self._last, (now_s, load["tokens"])
-        return {**load, "tokens_per_s": (load["tokens"] - last_tokens) / (now_s - last_s)}
+        past_s, self._last_s = now_s - self._last_s, now_s
+        tokens, self._last_tokens = load["tokens"] - self._last_tokens, load["tokens"]
+        compute_s, self._last_compute_s = load["compute_s"] - self._last_compute_s, load["compute_s"]
+        self._busy += (min(1.0, compute_s / past_s) - self._busy) * (1.0 - math.exp(-past_s / _BUSY_OVER_S))
+        return {**load, "tokens_per_s": tokens / past_s, "busy": self._busy}

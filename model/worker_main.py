@@ -12,8 +12,8 @@ Its replica speaks JSON lines. On stdin, first the order (see Order), then comma
             {"warm": {}}             the spare may be given an order
             {"ready": {"endpoint": {..}, "fingerprint", "memory_bytes", "device"}}
             {"failed": text}         loading failed; the process exits
-            answers, in order: {"stats": {..}} {"load": {"tokens", "messages", "waiting", "fault": empty if
-            sound, "expert_tokens": see cluster/expert_load.py}}
+            answers, in order: {"stats": {..}} {"load": {"tokens", "messages", "compute_s", "waiting", "fault": empty
+            if sound, "expert_tokens": see cluster/expert_load.py}}
             {"metrics": {..}} (cluster/measures.py) {"drained": bool}, false if something taken was not answered in time
             {"secrets": {}}          from now on engines prove one of those
 End of stdin means that the replica is gone or wants it to stop: the worker answers what it has taken and exits.

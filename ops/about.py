@@ -24,7 +24,12 @@ def about(plan: Any, http: str) -> dict[str, Any]:
         "dtype": str(spec.dtype),
         "checkpoint_bytes": plan.checkpoint_bytes,
         "expert_bytes": plan.expert_bytes,
-        "planned": {"engines": settings.engines, "shards": settings.workers, "replicas": settings.replicas},
+        "planned": {
+            "engines": settings.engines,
+            "engine_range": [settings.fewest_engines, settings.most_engines],
+            "shards": settings.workers,
+            "replicas": settings.replicas,
+        },
         "has_tokenizer": has_tokenizer(settings.model),
         "licence": licence_summary(settings.model),
     }

@@ -37,8 +37,9 @@ Kernels take roofline time divided by the efficiency that was measured; everythi
 (ops/bench/constants.yaml, which names the command and the machine). How far off this is stands in ops/bench/README.md.
 
 --json prints {"tokens_per_s", "ttft_p50_s", "ttft_p99_s", "itl_mean_s", "itl_p99_s", "num_completed", "num_failed",
-"busiest_worker", "mean_worker", "curve": [tokens of each second], "impacts": [{"at_s", "node", "before", "lowest",
-"recovery_s"}], "workers", "engines", "constants"}; recovery_s is null when throughput did not recover.
+"busiest_worker", "mean_worker", "busy": [[share of each worker] of each shard], "curve": [tokens of each second],
+"impacts": [{"at_s", "node", "before", "lowest", "recovery_s"}], "workers", "engines", "constants"}; recovery_s is null
+when throughput did not recover.
 """
 
 _BAR = 60

@@ -176,7 +176,7 @@ ABOUT = {
     "dtype": "torch.bfloat16",
     "checkpoint_bytes": 540 << 30,
     "expert_bytes": 450 << 30,
-    "planned": {"engines": 4, "shards": 8, "replicas": 64},
+    "planned": {"engines": 4, "engine_range": [4, 4], "shards": 8, "replicas": 64},
     "has_tokenizer": True,
     "licence": {
         "name": "Grok 2 Community License",

@@ -1,15 +1,17 @@
 """`switchyard bench observe`: what observing costs, as throughput with everything on divided by throughput with it off.
 
 Two clusters of the same model run side by side, one with metrics and spans of a hundredth of its requests, and one with
-neither, and take turns of a few seconds each, in an order that alternates. During its turns the first is scraped as
-often as `switchyard observe` does, and somebody watches its console. Ratios are taken within a pair of turns, so that
-load from outside moves both.
+neither, and take turns in an order that alternates. A turn is as long as `switchyard observe` takes from scrape to
+scrape; in each of its turns the first cluster is scraped once, and somebody watches its console. Ratios are taken
+within a pair of turns, so that load from outside moves both. The first pairs are not counted: caches fill, and Serve
+comes to rest.
 """
 
 import argparse
 import contextlib
 import http.server
 import json
+import math
 import os
 import signal
 import statistics
@@ -28,20 +30,22 @@ from ops.bench import sides
 from ops.bench.compare import WARM_UP_TOKENS, say
 from ops.bench.load import Workload, run_level
 from ops.bench.servers import Server, run_of
+from ops.observe.prometheus import SCRAPE_EVERY_S
 from ops.runs import Run
 
 SIDES = ("on", "off")
-SCRAPE_EVERY_S = 5.0
 _START_LIMIT_S = 600.0
 _SCRAPE_LIMIT_S = 10.0
+_UNCOUNTED_PAIRS = 3
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One side's turn: tokens per second, and CPU milliseconds that its processes took for a token."""
+    """One side's turn: tokens per second, CPU milliseconds that its processes took for a token, and how long it was."""
 
     throughput: float
     cpu_ms_per_token: float
+    seconds: float
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +74,14 @@ def run(arguments: argparse.Namespace) -> int:
         for server in servers.values():
             warm_up = replace(workload, output_tokens=WARM_UP_TOKENS)
             run_level(server.base_url, server.model, warm_up, arguments.streams, arguments.streams)
-        pairs = [_pair(number, servers, workload, arguments.streams) for number in range(arguments.pairs)]
+        answers = arguments.streams
+        # Serve's controller and the caches are not yet at rest: these pairs only say how long a turn is.
+        for number in range(_UNCOUNTED_PAIRS):
+            turns = _pair(-number, servers, workload, arguments.streams, answers)
+            answers = arguments.streams * math.ceil(answers / arguments.streams * SCRAPE_EVERY_S / turns["off"].seconds)
+        pairs = [
+            _pair(number, servers, workload, arguments.streams, answers) for number in range(1, arguments.pairs + 1)
+        ]
     result = summary(pairs)
     print(json.dumps(result) if arguments.json else "\n".join(table(result)))
     return 0
@@ -98,22 +109,26 @@ def _started(side: str, model: str, streams: int, logs: Path, collector: str) ->
         yield server
 
 
-def _pair(number: int, servers: Mapping[str, Server], workload: Workload, streams: int) -> dict[str, Turn]:
+def _pair(
+    number: int, servers: Mapping[str, Server], workload: Workload, streams: int, answers: int
+) -> dict[str, Turn]:
     order = SIDES if number % 2 == 0 else SIDES[::-1]
-    turns = {side: _turn(servers[side], replace(workload, seed=number), streams, side == "on") for side in order}
+    mine = replace(workload, seed=abs(number))
+    turns = {side: _turn(servers[side], mine, streams, answers, side == "on") for side in order}
     on, off = turns["on"], turns["off"]
     ratio = on.throughput / off.throughput
-    say(f"pair {number + 1}: on {on.throughput:.1f}, off {off.throughput:.1f} tokens/s: {ratio:.3f}")
+    name = f"pair {number}" if number > 0 else "not counted"
+    say(f"{name}: on {on.throughput:.1f}, off {off.throughput:.1f} tokens/s: {ratio:.3f} ({off.seconds:.0f} s)")
     return turns
 
 
-def _turn(server: Server, workload: Workload, streams: int, is_observed: bool) -> Turn:
+def _turn(server: Server, workload: Workload, streams: int, answers: int, is_observed: bool) -> Turn:
     with _observed(server) if is_observed else contextlib.nullcontext():
         cpu_s = server.cpu_s()
-        level = run_level(server.base_url, server.model, workload, streams, 2 * streams)
+        level = run_level(server.base_url, server.model, workload, streams, answers)
         cpu_s = server.cpu_s() - cpu_s
     num_tokens = sum(trace.num_tokens for trace in level.traces)
-    return Turn(num_tokens / level.duration_s, cpu_s / num_tokens * 1000)
+    return Turn(num_tokens / level.duration_s, cpu_s / num_tokens * 1000, level.duration_s)
 
 
 @contextlib.contextmanager
@@ -156,14 +171,14 @@ def _collector() -> Iterator[str]:
 
 
 def _scraped(url: str) -> contextlib.AbstractContextManager[None]:
-    """Meanwhile somebody scrapes, at once and every SCRAPE_EVERY_S."""
+    """Meanwhile somebody scrapes every SCRAPE_EVERY_S, the first time after half of that."""
 
     def scrape(done: threading.Event) -> None:
-        while True:
+        pause_s = SCRAPE_EVERY_S / 2
+        while not done.wait(pause_s):
             with urllib.request.urlopen(url, timeout=_SCRAPE_LIMIT_S) as response:
                 response.read()
-            if done.wait(SCRAPE_EVERY_S):
-                return
+            pause_s = SCRAPE_EVERY_S
 
     return _meanwhile(scrape)
 

@@ -22,11 +22,11 @@ Start Prometheus against the cluster that runs on this machine. Ctrl-C stops it 
   switchyard observe                      http://127.0.0.1:9090
   switchyard observe --listen 9191 --keep /var/tmp/switchyard-metrics
 
-It scrapes /metrics every 5 s and evaluates the alert rules of ops/prometheus. ops/grafana has dashboards to import.
+It scrapes /metrics every 15 s and evaluates the alert rules of ops/prometheus. ops/grafana has dashboards to import.
 """
 
 RULES = Path(__file__).resolve().parents[1] / "prometheus" / "alerts.yml"
-SCRAPE_EVERY = "5s"
+SCRAPE_EVERY_S = 15
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +70,7 @@ def config(url: str, key_file: Path | None = None) -> dict[str, Any]:
     if key_file is not None:
         job["authorization"] = {"credentials_file": os.fspath(key_file.resolve())}
     return {
-        "global": {"scrape_interval": SCRAPE_EVERY, "evaluation_interval": SCRAPE_EVERY},
+        "global": {"scrape_interval": f"{SCRAPE_EVERY_S}s", "evaluation_interval": f"{SCRAPE_EVERY_S}s"},
         "rule_files": [os.fspath(RULES)],
         "scrape_configs": [{**job, "static_configs": [{"targets": [address.netloc]}]}],
     }

@@ -11,9 +11,9 @@ from ops.bench.observe import Turn, summary, table
 def test_ratios_are_taken_within_pairs():
     """A machine that is half as fast during the second pair moves neither ratio."""
     pairs = [
-        {"on": Turn(99.0, 2.02), "off": Turn(100.0, 2.0)},
-        {"on": Turn(49.5, 4.04), "off": Turn(50.0, 4.0)},
-        {"on": Turn(98.0, 2.04), "off": Turn(100.0, 2.0)},
+        {"on": Turn(99.0, 2.02, 15.0), "off": Turn(100.0, 2.0, 15.0)},
+        {"on": Turn(49.5, 4.04, 15.0), "off": Turn(50.0, 4.0, 15.0)},
+        {"on": Turn(98.0, 2.04, 15.0), "off": Turn(100.0, 2.0, 15.0)},
     ]
     result = summary(pairs)
     assert result["ratio"] == pytest.approx(0.99) and result["cpu_ratio"] == pytest.approx(2 / 2.02)

@@ -2,6 +2,7 @@
 
 import json
 import socket
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -69,12 +70,15 @@ def test_the_config_file_of_the_repository_has_every_setting_with_its_default():
     config = read_serve_config(ROOT / "ray-config.yaml")
     assert parse_settings(config.args) == parse_settings({"model": "demo"})
     written = yaml.safe_load((ROOT / "ray-config.yaml").read_text())["applications"][0]["args"]
-    flat = {
-        f"{key}.{inner}" if isinstance(value, dict) else key
-        for key, value in written.items()
-        for inner in (value if isinstance(value, dict) else [""])
-    }
-    assert flat == set(setting_names())
+
+    def names(values: dict, prefix: str = "") -> Iterator[str]:
+        for key, value in values.items():
+            if isinstance(value, dict) and value:
+                yield from names(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key
+
+    assert set(names(written)) == set(setting_names())
 
 
 @pytest.mark.parametrize(

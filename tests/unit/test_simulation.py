@@ -7,10 +7,12 @@ import math
 import pytest
 import yaml
 
+from cluster.config import ExpertScalingSettings
 from cluster.errors import ConfigError
 from cluster.inventory import Chip
 from cluster.roofline import CallCost, EngineLoad, ModelFacts
-from cluster.simulated import impact_of, percentile
+from cluster.scaling import ShardLoad, ShardScaler
+from cluster.simulated import Outcome, impact_of, percentile
 from cluster.simulation import Costs, SimCluster, SimShard, simulate
 from cluster.workload import Loss, Workload, parse_workload
 from ops.cli import main
@@ -83,6 +85,35 @@ def test_a_skewed_load_keeps_one_worker_busier():
     even = simulate(cluster(split()), dataclasses.replace(LOAD, streams=16), FREE)
     skewed = simulate(cluster(split()), dataclasses.replace(LOAD, streams=16, expert_skew=3.0), FREE)
     assert skewed.busiest_worker >= skewed.mean_worker and even.busiest_worker <= 1.0
+
+
+def test_replicas_for_the_shards_that_are_busy_serve_a_skewed_load_better_than_as_many_elsewhere():
+    """The policy that the expert router follows, on simulated workers: one layer, eight shards of one expert each."""
+    model = dataclasses.replace(MODEL, num_moe_layers=1, num_experts=8)
+    chip = Chip(10**12, math.inf, 2e3)  # a millisecond for each token and expert
+    load = dataclasses.replace(LOAD, duration_s=1.0, streams=32, expert_skew=2.0)
+    least = dict.fromkeys(range(8), 1)
+
+    def run(replicas: dict[int, int]) -> Outcome:
+        shards = tuple(
+            SimShard(0, 1, expert, expert + 1, tuple((f"n{expert}-{copy}", chip) for copy in range(count)))
+            for expert, count in replicas.items()
+        )
+        return simulate(cluster(shards, engines=16, model=model), load, FREE)
+
+    settings = ExpertScalingSettings(max_replicas=8, max_workers=12, upscale_delay_s=0.0)
+    scaler, wanted = ShardScaler(settings, least, {}), dict(least)
+    before = run(wanted)
+    for now_s in range(20):
+        busy = run(wanted).busy
+        loads = {shard: ShardLoad(count, count, sum(busy[shard])) for shard, count in wanted.items()}
+        for shard, change in scaler.decide(loads, float(now_s)).items():
+            wanted[shard] = change.replicas
+    assert sum(wanted.values()) == 12
+    calmest = sorted(least, key=lambda shard: before.busy[shard])[:4]
+    elsewhere = run({shard: 2 if shard in calmest else 1 for shard in least})
+    assert elsewhere.tokens_per_s < 1.1 * before.tokens_per_s
+    assert run(wanted).tokens_per_s > 3.0 * before.tokens_per_s
 
 
 def test_a_loss_with_a_replica_costs_a_moment_and_no_request():

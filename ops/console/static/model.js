@@ -29,15 +29,19 @@ export function ModelPage({ view, about }) {
     <section aria-labelledby="plan-title"><h2 id="plan-title">The plan against reality</h2>
       <div class="card scroll"><table id="plan"><thead><tr><th>What</th><th>At the start</th><th>Wanted</th>
         <th>Online</th><th>Holds</th><th>Verdict</th></tr></thead><tbody>
-        <tr><td>Engines</td><td>${planned.engines}</td><td>${planned.engines}</td><td>${ready}</td>
+        <tr><td>Engines</td><td>${planned.engines}</td><td>${wantedEngines(planned)}</td><td>${ready}</td>
           <td>attention, gate, sampling</td>
-          <td><${Verdict} online=${ready} wanted=${planned.engines} /></td></tr>
+          <td><${Verdict} online=${ready} wanted=${planned.engine_range[0]} /></td></tr>
         ${status.shards.map((shard) => html`<tr key=${shard.id}><td>Shard ${shard.id}</td><td>${planned.replicas}</td>
           <td>${shard.wanted}</td>
           <td>${onlineIn(shard)}</td>
           <td>experts ${ranges(shard.experts)} · ${bytes(shard.replicas[0]?.memory_bytes)} each</td>
           <td><${Verdict} online=${onlineIn(shard)} wanted=${shard.wanted} /></td></tr>`)}
       </tbody></table></div></section>`;
+}
+
+function wantedEngines({ engine_range: [fewest, most] }) {
+  return fewest === most ? most : `${fewest} to ${most}`;
 }
 
 function Verdict({ online, wanted }) {
