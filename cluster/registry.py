@@ -32,6 +32,8 @@ class Answer(enum.Enum):
     """The router does not know the worker (any more)."""
     LEAVE = "leave"
     """Finish what was taken, and end."""
+    RESTART = "restart"
+    """Finish what was taken, and end; a successor is wanted from the same replica."""
 
 
 class SpareState(enum.Enum):
@@ -49,7 +51,7 @@ class Worker:
     memory_bytes: int = 0
     device: str = ""
     load: Mapping[str, Any] = field(default_factory=dict)
-    shall_leave: bool = False
+    answer: Answer = Answer.OK
 
 
 @dataclass
@@ -157,7 +159,7 @@ class Registry:
             return Answer.REGISTER
         worker = self._workers[replica_id]
         worker.load = load
-        return Answer.LEAVE if worker.shall_leave else Answer.OK
+        return worker.answer
 
     def drain(self, replica_id: str, now_s: float) -> None:
         """The worker takes nothing new and is about to leave."""
@@ -167,12 +169,12 @@ class Registry:
             self.note("worker_draining", replica_id, f"shard {replica.shard_id}", now_s)
             self._review(now_s)
 
-    def retire(self, replica_id: str, now_s: float) -> None:
+    def retire(self, replica_id: str, now_s: float, answer: Answer = Answer.LEAVE) -> None:
         """Have a worker drain and end. Raises ConfigError for one that is not in the table."""
         if self.replica(replica_id) is None:
             raise ConfigError(f"there is no worker {replica_id}; `switchyard status` lists them")
         self.drain(replica_id, now_s)
-        self._workers[replica_id].shall_leave = True
+        self._workers[replica_id].answer = answer
 
     def leave(self, replica_id: str, why: str, now_s: float) -> None:
         """A worker has ended, in order or not. Unknown ids are no error."""
@@ -204,7 +206,7 @@ class Registry:
     # -- blame ----------------------------------------------------------------------------------------------------
 
     def accused(self, engine_id: str, replica_id: str, cause: Cause, now_s: float) -> None:
-        """An engine accuses a replica. Condemned, it has to leave; Serve starts another in its place."""
+        """An engine accuses a replica. Condemned, it has to make room for a successor."""
         replica = self.replica(replica_id)
         if replica is None:
             return
@@ -222,7 +224,7 @@ class Registry:
             )
         else:
             self.note("worker_blamed", replica_id, f"{cause.value}, {count} times: it has to go", now_s)
-            self.retire(replica_id, now_s)
+            self.retire(replica_id, now_s, Answer.RESTART)
 
     def _is_needed(self, replica: Replica, cause: Cause) -> bool:
         """It is better than nothing while other replicas of its shard are on their way."""

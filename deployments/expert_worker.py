@@ -34,12 +34,15 @@ _RETRY_S = 1.0
 _LASTING_S = 3.0
 _FIRST_PAUSE_S = 0.5
 _LONGEST_PAUSE_S = 30.0
+# Condemned twice within that, it may be the machine's fault: Serve looks for another place.
+_SECOND_CHANCE_S = 30.0
 
 
 class ExpertWorker:
     """The Serve deployment of one shard's primaries, or of its shadow.
 
-    A worker process that dies has a successor from the same replica, in about the time that its experts take to load.
+    A worker process that dies, or is condemned, has a successor from the same replica, in about the time that its
+    experts take to load.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -52,6 +55,7 @@ class ExpertWorker:
         self._tenure: Tenure | None = None
         self._succession: asyncio.Task[None] | None = None
         self._pause_s = 0.0
+        self._condemned_s = float("-inf")
         await self._begin()
 
     async def check_health(self) -> None:
@@ -89,11 +93,14 @@ class ExpertWorker:
         self._report("ready")
 
     def _on_end(self, end: End, why: str) -> None:
-        if end is End.DIED:
-            logger.warning("%s: %s; its successor starts", self._replica_id, why)
-            self._succession = asyncio.create_task(self._succeed())
-        else:
+        if end is End.DISMISSED or (end is End.CONDEMNED and self._had_its_second_chance()):
             _end(why)
+        logger.warning("%s: %s; its successor starts", self._replica_id, why)
+        self._succession = asyncio.create_task(self._succeed())
+
+    def _had_its_second_chance(self) -> bool:
+        before_s, self._condemned_s = self._condemned_s, time.monotonic()
+        return self._condemned_s - before_s < _SECOND_CHANCE_S
 
     async def _succeed(self) -> None:
         # One that dies as soon as it serves would else be forked for ever, as fast as this machine can.

@@ -33,6 +33,12 @@ class End(enum.Enum):
     """The process ended, or hung and was killed."""
     DISMISSED = "dismissed"
     """The router told it to leave; it has."""
+    CONDEMNED = "condemned"
+    """So it did, because engines accuse it; a successor is wanted."""
+
+
+# What the router's answers to a heartbeat (cluster/registry.py) put an end to, and how.
+_ENDS = {"leave": End.DISMISSED, "restart": End.CONDEMNED}
 
 
 class Tenure:
@@ -146,9 +152,10 @@ class Tenure:
                 self._process.kill()
                 await self._process.wait()  # it may take its time, on a machine that stands still
                 return
-            if await self._beat(load, metrics) == "leave":
+            end = _ENDS.get(await self._beat(load, metrics))
+            if end is not None:
                 await self.end()
-                self._on_end(End.DISMISSED, "told to leave")
+                self._on_end(end, f"{end.value} by the expert router")
                 return
 
     async def _beat(self, load: dict[str, Any], metrics: dict[str, Any] | None) -> str:

@@ -78,7 +78,7 @@ def test_accusations_that_add_up_condemn_a_worker(cause, times):
         assert cluster.states()["w00"] == "online"
         cluster.registry.accused("engine-1", "w00", cause, 1.0 + number)
     assert cluster.states() == {"w00": "draining", "w01": "online", "w10": "online", "w11": "online"}
-    assert cluster.registry.heartbeat("w00", {}, 9.0) is Answer.LEAVE
+    assert cluster.registry.heartbeat("w00", {}, 9.0) is Answer.RESTART
     cluster.registry.accused("engine-1", "w00", cause, 9.0)
     assert cluster.kinds().count("worker_blamed") == 1
 
