@@ -6,6 +6,7 @@ build_app(args) -> Engine x engines  --handles-->  ExpertRouter  <--  ExpertWork
 """
 
 import dataclasses
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -94,7 +95,7 @@ def build_app(args: Mapping[str, Any]) -> Application:
     if spec is None:
         return engine.bind(values, None, [], gatekeeper)
     router = _deployment(ExpertRouter, ROUTER_NAME, 1, 0, _ROUTER_CALLS).bind(
-        values, spec.fingerprint, spec.num_layers, spec.num_experts
+        values, spec.fingerprint, spec.num_layers, spec.num_experts, uuid.uuid4().hex
     )
     num_shards = len(shards_of(settings, spec.num_layers, spec.num_experts))
     workers = [

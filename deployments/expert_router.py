@@ -50,8 +50,9 @@ class ExpertRouter:
     """One replica per application. Method arguments and results travel by Ray, not by the data plane."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, args: dict[str, Any], model_fingerprint: str, num_layers: int, num_experts: int
+        self, args: dict[str, Any], model_fingerprint: str, num_layers: int, num_experts: int, deployed: str = ""
     ) -> None:
+        """`deployed` names what build_app has built: a router that is restarted has the same, one deployed anew not."""
         settings = parse_settings(args)
         self._model = settings.name
         self._layout = to_args(settings)["layout"]
@@ -59,11 +60,11 @@ class ExpertRouter:
         # Wall-clock milliseconds: a restarted router does not reuse an epoch that engines have already seen.
         epoch = int(time.time() * 1000)
         table = RoutingTable(epoch, model_fingerprint, num_layers, num_experts, shards, ())
-        wanted = replicas_of(settings, len(shards)) | _wanted_before(model_fingerprint)
+        wanted = replicas_of(settings, len(shards)) | _wanted_before(deployed)
         self._registry = Registry(
             table, settings.worker_lost_after_s, wanted, time.monotonic(), time.time(), most_replicas(settings)
         )
-        self._app = serve.get_replica_context().app_name
+        self._app, self._deployed = serve.get_replica_context().app_name, deployed
         self._experts = ExpertLoad(table)
         self._telemetry = Telemetry(self._experts)
         self._changed = asyncio.Condition()
@@ -254,8 +255,7 @@ class ExpertRouter:
     async def scale(self, shard_id: int, replicas: int, why: str = "asked for") -> None:
         """So many replicas are wanted of a shard from now on, also by the next router. Raises ConfigError."""
         self._registry.scale(shard_id, replicas, time.monotonic(), why)
-        table = self._registry.table
-        _remember_wanted(table.model_fingerprint, dict(self._registry.wanted))
+        _remember_wanted(self._deployed, dict(self._registry.wanted))
 
     async def begin_check(self) -> int:
         """Ask every engine for an integrity check; returns its number."""
@@ -375,12 +375,12 @@ def _shared_secrets() -> Secrets:
     return Secrets.from_json(internal_kv._internal_kv_get(_SECRETS_KEY).decode())
 
 
-def _wanted_before(fingerprint: str) -> dict[int, int]:
-    """What scale() has set in the life of an earlier router of the same model."""
+def _wanted_before(deployed: str) -> dict[int, int]:
+    """What scale() has set in the life of an earlier router of the same deployment."""
     data = internal_kv._internal_kv_get(_WANTED_KEY)
     remembered = json.loads(data) if data else {}
-    return {int(shard): count for shard, count in remembered.get(fingerprint, {}).items()}
+    return {int(shard): count for shard, count in remembered.get(deployed, {}).items()}
 
 
-def _remember_wanted(fingerprint: str, wanted: dict[int, int]) -> None:
-    internal_kv._internal_kv_put(_WANTED_KEY, json.dumps({fingerprint: wanted}).encode(), overwrite=True)
+def _remember_wanted(deployed: str, wanted: dict[int, int]) -> None:
+    internal_kv._internal_kv_put(_WANTED_KEY, json.dumps({deployed: wanted}).encode(), overwrite=True)

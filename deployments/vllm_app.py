@@ -85,14 +85,19 @@ def parse_arguments(arguments: dict[str, Any]) -> Namespace:
     return namespace
 
 
-def engine_processes() -> list[psutil.Process]:
-    """EngineCore and its workers, of the engine that this process has started; vLLM titles them "VLLM::..."."""
+def engine_processes(replica_pid: int | None = None) -> list[psutil.Process]:
+    """EngineCore, first, and its workers, of the engine that this process, or that replica, has started.
+
+    vLLM titles them "VLLM::..", but not always: setproctitle finds no room for a title where the first variable of the
+    environment was changed before, and Ray starts its workers with variables in any order.
+    """
+    replica = psutil.Process(replica_pid)
     found = []
-    for process in psutil.Process().children(recursive=True):
+    for process in replica.children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if process.cmdline() and process.cmdline()[0].startswith("VLLM::"):
-                found.append(process)
-    return found
+            if "multiprocessing.resource_tracker" not in " ".join(process.cmdline()):
+                found.append((process.ppid() != replica.pid, process))
+    return [process for _, process in sorted(found, key=lambda each: each[0])]
 
 
 def is_alive(process: psutil.Process) -> bool:

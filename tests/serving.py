@@ -41,11 +41,11 @@ TWO_ENGINES: Mapping[str, Any] = {
 }
 
 
-def wait_until(condition: Callable[[], bool], what: str | Callable[[], str], limit_s: float = 120.0) -> None:
+def wait_until(condition: Callable[[], bool], what: str, limit_s: float = 120.0) -> None:
     """Return when `condition` holds; fail, naming `what`, when it does not in time."""
     end_s = time.monotonic() + limit_s
     while not condition():
-        assert time.monotonic() < end_s, f"waited {limit_s} s for: {what if isinstance(what, str) else what()}"
+        assert time.monotonic() < end_s, f"waited {limit_s} s for: {what}"
         time.sleep(0.1)
 
 

@@ -69,9 +69,10 @@ def strike(fault: Fault, victim: Victim) -> Iterator[None]:
 
 
 def _engine_core(replica_pid: int) -> int:
-    """The process of vLLM's scheduler, by the title that vLLM gives it."""
-    for process in psutil.Process(replica_pid).children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if process.cmdline() and process.cmdline()[0].startswith("VLLM::EngineCore"):
-                return int(process.pid)
+    """The process of vLLM's scheduler."""
+    from deployments.vllm_app import engine_processes
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in engine_processes(replica_pid):
+            return int(process.pid)
     raise StrikeFailed(f"process {replica_pid} has no EngineCore")

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from deployments.vllm_app import engine_processes
 from ops.bench.make_model import ModelShape, make_model
 from tests import golden
 from tests.serving import Serving, wait_until
@@ -35,26 +36,12 @@ def deploy(serving: Serving, model: Path, workers: int, expert_timeout_s: float 
     )
 
 
-def private_bytes(serving: Serving, name: str, count: int) -> list[int]:
-    """Memory that belongs to each of the ``count`` processes of that name alone (USS), ascending.
-
-    Waits until there are as many: those of the deployment before end a moment after it is gone.
-    """
-    wait_until(
-        lambda: len(_processes(serving, name)) == count,
-        lambda: f"{count} processes {name}; there are {_processes(serving, name)}",
-    )
-    return sorted(process.memory_full_info().uss for process in _processes(serving, name))
-
-
-def _processes(serving: Serving, name: str) -> list[psutil.Process]:
-    """All of that title that this Ray has started."""
-    found = []
-    for process in psutil.Process(serving.process_id).children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if name in " ".join(process.cmdline()):
-                found.append(process)
-    return found
+def private_bytes(serving: Serving) -> tuple[int, list[int]]:
+    """Memory that belongs to one process alone (USS): the engine's vLLM worker, and the expert workers, ascending."""
+    (engine,) = engine_workers(serving)
+    experts = [replica["pid"] for replica in serving.ask("status")["table"]["replicas"]]
+    engine_bytes, *expert_bytes = (psutil.Process(pid).memory_full_info().uss for pid in (engine, *experts))
+    return engine_bytes, sorted(expert_bytes)
 
 
 def test_a_request_outlives_the_only_worker_of_its_experts(serving: Serving) -> None:
@@ -79,13 +66,11 @@ def test_engines_hold_no_expert_and_each_worker_its_share(serving: Serving, tmp_
     model = tmp_path / "random-mixtral"
     make_model(model, SHAPE)
     deploy(serving, SMALL, workers=2)
-    engine_before = private_bytes(serving, "VLLM::Worker", count=1)
-    worker_before = private_bytes(serving, "switchyard: expert worker", count=2)
+    engine_before, workers_before = private_bytes(serving)
     deploy(serving, model, workers=2)
-    engine_after = private_bytes(serving, "VLLM::Worker", count=1)
-    worker_after = private_bytes(serving, "switchyard: expert worker", count=2)
-    assert engine_after[0] - engine_before[0] < 0.2 * EXPERT_BYTES
-    for before, after in zip(worker_before, worker_after, strict=True):
+    engine_after, workers_after = private_bytes(serving)
+    assert engine_after - engine_before < 0.2 * EXPERT_BYTES
+    for before, after in zip(workers_before, workers_after, strict=True):
         assert 0.45 * EXPERT_BYTES < after - before < 0.75 * EXPERT_BYTES
 
 
@@ -93,7 +78,7 @@ def test_an_engine_outlives_the_time_without_experts(serving: Serving) -> None:
     """Past expert_timeout_s its requests get 503, streams an error event; when the worker is back it serves again."""
     deploy(serving, SMALL, workers=1, expert_timeout_s=1.0)
     undisturbed = complete(serving, num_tokens=48)
-    engine = engine_processes(serving)
+    engine = engine_workers(serving)
     victim = serving.ask("status")["table"]["replicas"][0]["pid"]
     served = calls(serving)
     streamed: list[str] = []
@@ -110,20 +95,25 @@ def test_an_engine_outlives_the_time_without_experts(serving: Serving) -> None:
     assert refused.value.code == 503 and int(refused.value.headers["Retry-After"]) > 0
     wait_until(lambda: is_served(serving), "the worker is back", limit_s=120)
     assert complete(serving, num_tokens=48) == undisturbed
-    assert engine_processes(serving) == engine
+    assert engine_workers(serving) == engine
 
 
 def kill_nurseries(serving: Serving) -> None:
     """The next worker process needs a nursery of its own replica, which takes seconds to import vLLM."""
-    found = _processes(serving, "switchyard: nursery")
+    found = []
+    for process in psutil.Process(serving.process_id).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "switchyard: nursery" in " ".join(process.cmdline()):
+                found.append(process)
     assert found
     for process in found:
         process.kill()
 
 
-def engine_processes(serving: Serving) -> set[int]:
-    """The process numbers of vLLM's workers."""
-    return {process.pid for process in _processes(serving, "VLLM::Worker")}
+def engine_workers(serving: Serving) -> list[int]:
+    """The process numbers of the engine's vLLM workers."""
+    (engine,) = serving.ask("status")["engines"]
+    return [process.pid for process in engine_processes(engine["pid"])[1:]]
 
 
 def stream_events(serving: Serving, num_tokens: int) -> list[str]:

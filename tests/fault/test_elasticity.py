@@ -9,6 +9,7 @@ import urllib.request
 
 import pytest
 
+from deployments.vllm_app import engine_processes
 from tests.serving import Serving, wait_until
 from tests.streams import STREAMS, Answer, Load, ask, completion, replicas, status
 
@@ -52,14 +53,8 @@ def test_drained_scaled_and_restarted_under_load_nobody_notices(replicated, undi
 
 def test_a_dead_engine_ends_its_requests_with_an_error_and_is_replaced(replicated, undisturbed):
     """EngineCore is killed: a stream that has begun ends with an error event, another request with 503."""
-    import psutil
-
     (engine,) = status(replicated)["engines"]
-    core = next(
-        process
-        for process in psutil.Process(engine["pid"]).children(recursive=True)
-        if process.cmdline() and process.cmdline()[0].startswith("VLLM::EngineCore")
-    )
+    core, _ = engine_processes(engine["pid"])
     with urllib.request.urlopen(completion(replicated, 400), timeout=60) as response:
         lines = iter(response)
         assert next(lines).startswith(b"data: {")
