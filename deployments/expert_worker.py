@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import ray
@@ -224,7 +224,7 @@ def _has_failed(task: "asyncio.Task[None] | None") -> bool:
     return task is not None and task.done() and not task.cancelled() and task.exception() is not None
 
 
-def _end(why: str) -> None:
+def _end(why: str) -> NoReturn:
     """End this Serve replica at once: Serve notices a dead actor much sooner than three failed health checks."""
     logger.warning("the replica ends: %s", why)
     os._exit(1)

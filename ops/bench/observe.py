@@ -77,10 +77,11 @@ def run(arguments: argparse.Namespace) -> int:
         answers = arguments.streams
         # Serve's controller and the caches are not yet at rest: these pairs only say how long a turn is.
         for number in range(_UNCOUNTED_PAIRS):
-            turns = _pair(-number, servers, workload, arguments.streams, answers)
+            turns = _pair("not counted", number, servers, workload, arguments.streams, answers)
             answers = arguments.streams * math.ceil(answers / arguments.streams * SCRAPE_EVERY_S / turns["off"].seconds)
         pairs = [
-            _pair(number, servers, workload, arguments.streams, answers) for number in range(1, arguments.pairs + 1)
+            _pair(f"pair {number}", number, servers, workload, arguments.streams, answers)
+            for number in range(1, arguments.pairs + 1)
         ]
     result = summary(pairs)
     print(json.dumps(result) if arguments.json else "\n".join(table(result)))
@@ -110,14 +111,13 @@ def _started(side: str, model: str, streams: int, logs: Path, collector: str) ->
 
 
 def _pair(
-    number: int, servers: Mapping[str, Server], workload: Workload, streams: int, answers: int
+    name: str, number: int, servers: Mapping[str, Server], workload: Workload, streams: int, answers: int
 ) -> dict[str, Turn]:
     order = SIDES if number % 2 == 0 else SIDES[::-1]
-    mine = replace(workload, seed=abs(number))
+    mine = replace(workload, seed=number)
     turns = {side: _turn(servers[side], mine, streams, answers, side == "on") for side in order}
     on, off = turns["on"], turns["off"]
     ratio = on.throughput / off.throughput
-    name = f"pair {number}" if number > 0 else "not counted"
     say(f"{name}: on {on.throughput:.1f}, off {off.throughput:.1f} tokens/s: {ratio:.3f} ({off.seconds:.0f} s)")
     return turns
 

@@ -34,7 +34,7 @@ if __name__ == "__main__":
 """
 
 ENDS = """
-import atexit, multiprocessing, sys, time
+import atexit, multiprocessing, sys
 
 class Torn:
     def __del__(self):
