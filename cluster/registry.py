@@ -233,10 +233,15 @@ class Registry:
 
     # -- spares ---------------------------------------------------------------------------------------------------
 
-    def spare_ready(self, spare_id: str, pid: int, node: str, now_s: float) -> None:
-        """A spare has everything but experts."""
-        self._spares[spare_id] = Spare(pid, node, now_s)
-        self.note("spare_ready", spare_id, f"pid {pid}", now_s)
+    def spare_reports(self, spare_id: str, pid: int, node: str, shard_id: int | None, now_s: float) -> None:
+        """A spare has everything but experts; or has adopted `shard_id`, and was forgotten here since."""
+        if shard_id is None:
+            state = SpareState.READY
+            self.note("spare_ready", spare_id, f"pid {pid}", now_s)
+        else:
+            state = SpareState.SERVING if self._is_online(spare_id) else SpareState.ADOPTING
+            self.note("spare_returned", spare_id, f"pid {pid}, shard {shard_id}", now_s)
+        self._spares[spare_id] = Spare(pid, node, now_s, state, shard_id)
         self._review(now_s)
 
     def spare_left(self, spare_id: str, now_s: float) -> None:
@@ -421,6 +426,10 @@ class Registry:
 
     def replica(self, replica_id: str) -> Replica | None:
         return next((r for r in self.table.replicas if r.replica_id == replica_id), None)
+
+    def _is_online(self, replica_id: str) -> bool:
+        replica = self.replica(replica_id)
+        return replica is not None and replica.state is ReplicaState.ONLINE
 
     def _review(self, now_s: float) -> None:
         """After a change: which shards are missing now, and what spares can do about it."""

@@ -152,9 +152,9 @@ class ExpertRouter:
 
     # -- spares ---------------------------------------------------------------------------------------------------
 
-    async def spare_ready(self, spare_id: str, pid: int, node: str) -> None:
-        """A spare can adopt a shard."""
-        self._registry.spare_ready(spare_id, pid, node, time.monotonic())
+    async def spare_reports(self, spare_id: str, pid: int, node: str, shard_id: int | None) -> None:
+        """A spare can adopt a shard, or has adopted `shard_id`."""
+        self._registry.spare_reports(spare_id, pid, node, shard_id, time.monotonic())
         await self._notify()
 
     async def spare_order(self, spare_id: str, known: str) -> tuple[str, int | None] | None:

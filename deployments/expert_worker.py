@@ -147,22 +147,25 @@ class WarmSpare:
         self._report("importing")
         await self._process.start({})
         await self._process.warm(self._settings)
-        await self._router.spare_ready.remote(self._replica_id, self._process.pid, _node())
+        await self._introduce(None)
         self._report("ready")
 
+    async def _introduce(self, shard_id: int | None) -> None:
+        """Say who this is and which shard it has adopted."""
+        await self._router.spare_reports.remote(self._replica_id, self._process.pid, _node(), shard_id)
+
     async def _live(self) -> None:
-        state = "ready"
+        state, shard_id = "ready", None
         while True:
             try:
                 order = await self._router.spare_order.remote(self._replica_id, state)
+                if order is None:  # the router is new, or has long not heard of this spare
+                    await self._introduce(shard_id)
+                    continue
             # Ray raises many kinds while the router restarts.
             except Exception as error:
                 logger.warning("no orders from the expert router: %s", error)
                 await asyncio.sleep(_RETRY_S)
-                continue
-            if order is None:
-                if state == "ready":
-                    await self._router.spare_ready.remote(self._replica_id, self._process.pid, _node())
                 continue
             state, shard_id = order
             if not self._process.is_alive or _has_failed(self._adoption):
@@ -171,7 +174,7 @@ class WarmSpare:
                 self._adoption = asyncio.create_task(self._adopt(shard_id))
             elif state == "released" and self._tenure is not None:
                 await self._become_spare_again(self._tenure)
-                state = "ready"
+                state, shard_id = "ready", None
 
     async def _adopt(self, shard_id: int) -> None:
         self._tenure = await _begin_tenure(

@@ -145,7 +145,7 @@ def test_a_restarted_router_does_not_wait_for_ever_for_the_dead():
 def test_a_spare_adopts_a_lost_shard_and_is_released_when_its_worker_is_back():
     cluster = Cluster()
     registry = cluster.registry
-    registry.spare_ready("spare-1", 99, "node", 0.0)
+    registry.spare_reports("spare-1", 99, "node", None, 0.0)
     assert registry.spare_order("spare-1", 0.5) == (SpareState.READY, None)
     registry.leave("w10", "died", 1.0)
     assert registry.spare_order("spare-1", 1.0) == (SpareState.ADOPTING, 1)
@@ -167,17 +167,44 @@ def test_a_spare_adopts_a_lost_shard_and_is_released_when_its_worker_is_back():
     assert "spare-1" not in cluster.states() and registry.spare_order("spare-1", 7.0) is None
 
 
+def test_a_forgotten_spare_that_serves_says_so_and_is_released_all_the_same():
+    cluster = Cluster()
+    registry = cluster.registry
+    registry.spare_reports("spare-1", 99, "node", None, 0.0)
+    registry.leave("w10", "died", 1.0)
+    now_s = LOST_AFTER_S + 1.0
+    registry.tick(now_s)
+    assert registry.spare_order("spare-1", now_s) is None, "it was silent while it loaded"
+    registry.spare_reports("spare-1", 99, "node", 1, now_s)
+    assert registry.spare_order("spare-1", now_s) == (SpareState.ADOPTING, 1)
+    cluster.register("spare-1", 1, now_s, Role.SPARE)
+    now_s += LOST_AFTER_S + 1.0
+    registry.heartbeat("spare-1", {}, now_s)
+    registry.tick(now_s)
+    assert registry.spare_order("spare-1", now_s) is None
+    registry.spare_reports("spare-1", 99, "node", 1, now_s)
+    assert registry.spare_order("spare-1", now_s) == (SpareState.SERVING, 1)
+    cluster.register("w19", 1, now_s)
+    for _ in range(3):
+        now_s += 1.0
+        assert registry.heartbeat("w19", {}, now_s) is registry.heartbeat("spare-1", {}, now_s) is Answer.OK
+        registry.spare_order("spare-1", now_s)
+        registry.tick(now_s)
+    assert registry.spare_order("spare-1", now_s) == (SpareState.RELEASED, 1)
+    assert cluster.states()["spare-1"] == "draining"
+
+
 def test_spares_are_kept_for_shards_that_have_nobody():
     cluster = Cluster(replicas=2)
     registry = cluster.registry
-    registry.spare_ready("spare-1", 1, "node", 0.0)
+    registry.spare_reports("spare-1", 1, "node", None, 0.0)
     registry.leave("w00", "died", 1.0)
     assert registry.spare_order("spare-1", 1.0) == (SpareState.READY, None)
     registry.leave("w01", "died", 1.1)
     registry.leave("w10", "died", 1.2)
     registry.leave("w11", "died", 1.3)
     assert registry.spare_order("spare-1", 1.4) == (SpareState.ADOPTING, 0)
-    registry.spare_ready("spare-2", 2, "node", 1.5)
+    registry.spare_reports("spare-2", 2, "node", None, 1.5)
     assert registry.spare_order("spare-2", 1.5) == (SpareState.ADOPTING, 1)
     registry.tick(1.5 + LOST_AFTER_S + 0.1)
     assert registry.status(9.0)["spares"] == [], "silent spares are forgotten"
@@ -212,7 +239,7 @@ def test_what_happens_is_told_from_what_only_varies():
     for happen in (
         lambda: registry.engine_heartbeat("e", 1, "node", "starting", 1.0),
         lambda: registry.engine_heartbeat("e", 1, "node", "stalled", 1.1),
-        lambda: registry.spare_ready("s", 9, "node", 1.2),
+        lambda: registry.spare_reports("s", 9, "node", None, 1.2),
         lambda: registry.leave("w00", "it ended", 1.3),
         lambda: registry.scale(1, 3, 1.4),
         lambda: registry.note("drain", "w01", "asked for", 1.5),
