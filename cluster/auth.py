@@ -23,6 +23,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from cluster.errors import BadMagic, BadReserved, BadVersion, ConfigError, ConnectionLost, HandshakeTimeout, WrongSecret
 
@@ -145,7 +146,15 @@ def _time_left(deadline_s: float) -> float:
     return left
 
 
-def peer_user(connection: socket.socket) -> int:
-    """The user id of the process at the other end (SO_PEERCRED, unix(7))."""
+class Peer(NamedTuple):
+    """Who is at the other end of a Unix socket: ids of the process and of its user."""
+
+    pid: int
+    user: int
+
+
+def peer(connection: socket.socket) -> Peer:
+    """The process that has connected, or that listens (SO_PEERCRED, unix(7))."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    return int(struct.unpack("3i", credentials)[1])
+    pid, user, _ = struct.unpack("3i", credentials)
+    return Peer(pid, user)

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from cluster import wire
-from cluster.auth import peer_user
+from cluster.auth import peer
 from cluster.batching import ComputeFn
 from cluster.errors import ConnectionLost, SwitchyardError
 from cluster.server import ExpertServer
@@ -179,7 +179,7 @@ class Saboteur:
     def _serve(self, sock: socket.socket) -> None:
         """One order, for as long as its connection lasts."""
         with sock, contextlib.suppress(OSError, ValueError, KeyError):
-            if peer_user(sock) != os.getuid():
+            if peer(sock).user != os.getuid():
                 return
             sock.settimeout(_ORDER_LIMIT_S)
             order = json.loads(sock.makefile("rb").readline())

@@ -185,7 +185,8 @@ class EngineReplica:
         self._is_traced = settings.tracing.endpoint is not None
         if self._is_traced and router is not None:
             await self._engine.collective_rpc("trace_layer_calls")
-        self._shared_memory = shared_memory.mapped_by_descendants()
+        self._processes = vllm_app.engine_processes()
+        self._shared_memory = shared_memory.mapped_by(self._processes)
         self._metrics = self._start_metrics(settings) if settings.metrics else None
         self._ending = asyncio.create_task(self._end_when_dead())
 
@@ -206,7 +207,7 @@ class EngineReplica:
         return self._open_requests
 
     def _start_metrics(self, settings: Settings) -> EngineMetrics:
-        processes = [psutil.Process(), *vllm_app.engine_processes()]
+        processes = [psutil.Process(), *self._processes]
         ranks = self._link.metrics if self._link is not None else list
         energy = meter_of(processes, settings.engine.num_gpus)
         metrics = EngineMetrics(self._id, settings.name, ranks, vllm_app.metrics_registry(), energy)
@@ -226,8 +227,7 @@ class EngineReplica:
 
         vLLM takes several seconds to notice that one of its workers has died, so its processes are watched here.
         """
-        processes = vllm_app.engine_processes()
-        while not self._engine.errored and all(map(vllm_app.is_alive, processes)):
+        while not self._engine.errored and all(map(vllm_app.is_alive, self._processes)):
             await asyncio.sleep(_LOOK_EVERY_S)
         logger.error("%s: vLLM's engine is dead; the replica ends", self._id)
         self._engine.fail_open_requests()
@@ -237,7 +237,7 @@ class EngineReplica:
         # Until Serve has noticed, requests still come here; each of them gets its answer.
         if self._open_requests is not None:
             await self._open_requests.wait_for_quiet(_QUIET_S, _QUIET_LIMIT_S)
-        for process in processes:
+        for process in self._processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         shared_memory.remove(self._shared_memory)

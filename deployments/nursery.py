@@ -18,12 +18,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from cluster.auth import peer_user
-from cluster.errors import SwitchyardError
 from deployments.environment import quiet_environment
+from model.nursery_client import NURSERY, WORKER, Fork, NurseryFailed, ask, connect
 
-NURSERY = "SWITCHYARD_NURSERY"
-"""The variable with the name of the node's nursery."""
 _START_LIMIT_S = 180.0
 _TRY_EVERY_S = 0.05
 _LAST_WORDS_S = 1.0
@@ -31,17 +28,12 @@ _LAST_WORDS_S = 1.0
 _own: tuple[str, subprocess.Popen[bytes]] | None = None
 
 
-class NurseryFailed(SwitchyardError):
-    """No worker process could be had on this node."""
-
-
 class Child:
     """A worker process. Its status is None while it runs, and -SIGKILL too when the nursery did not live to tell."""
 
-    def __init__(self, connection: socket.socket, pid: int, pidfd: int) -> None:
-        self.pid = pid
-        self._connection = connection
-        self._pidfd = pidfd
+    def __init__(self, fork: Fork) -> None:
+        self.pid, self._pidfd, self._connection = fork
+        self._connection.setblocking(False)
         self.status: int | None = None
         self._end = asyncio.ensure_future(self._await_end())
 
@@ -76,9 +68,11 @@ class Child:
 
 async def fork_worker(environment: Mapping[str, str], stdin: int, stdout: int) -> Child:
     """A worker process of this node with those descriptors; its stderr is ours. Raises NurseryFailed."""
-    connection, pid, pidfd = await asyncio.to_thread(_ask, environment, stdin, stdout)
-    connection.setblocking(False)
-    return Child(connection, pid, pidfd)
+
+    def fork() -> Fork:
+        return ask(_connect(), WORKER, environment, (stdin, stdout, 2))
+
+    return Child(await asyncio.to_thread(fork))
 
 
 def start_nursery(name: str, log: Path | None = None) -> subprocess.Popen[bytes]:
@@ -99,52 +93,20 @@ def nursery_name() -> str:
     return f"switchyard-nursery-{os.getpid()}-{secrets.token_hex(8)}"
 
 
-def _ask(environment: Mapping[str, str], stdin: int, stdout: int) -> tuple[socket.socket, int, int]:
-    connection = _connect()
-    try:
-        request = json.dumps({"environment": dict(environment)}).encode() + b"\n"
-        sent = socket.send_fds(connection, [request], [stdin, stdout, 2])
-        connection.sendall(request[sent:])
-        answer, descriptors, _, _ = socket.recv_fds(connection, 4096, 1)
-        if not answer:
-            raise NurseryFailed("the nursery refused to start a worker process; its own words are in its log")
-        return connection, int(json.loads(answer)["pid"]), descriptors[0]
-    except (OSError, ValueError) as error:
-        connection.close()
-        raise NurseryFailed(f"the nursery of worker processes did not answer: {error}") from error
-    except BaseException:
-        connection.close()
-        raise
-
-
 def _connect() -> socket.socket:
     """Connected to the node's nursery; to one of this process's own where the node has none, or has lost it."""
     global _own
     for name in filter(None, (os.environ.get(NURSERY), _own[0] if _own else None)):
-        connection = _try(name)
+        connection = connect(name)
         if connection is not None:
             return connection
     name = nursery_name()
     _own = (name, start_nursery(name))
     end_s = time.monotonic() + _START_LIMIT_S
-    while (connection := _try(name)) is None:
+    while (connection := connect(name)) is None:
         if _own[1].poll() is not None or time.monotonic() > end_s:
             raise NurseryFailed("the nursery of worker processes did not start; its own words are in this log")
         time.sleep(_TRY_EVERY_S)
-    return connection
-
-
-def _try(name: str) -> socket.socket | None:
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.settimeout(_START_LIMIT_S)  # one that is importing answers when it has
-    try:
-        connection.connect("\0" + name)
-    except OSError:
-        connection.close()
-        return None
-    if peer_user(connection) != os.getuid():
-        connection.close()
-        return None
     return connection
 
 
@@ -152,16 +114,24 @@ def _environment() -> dict[str, str]:
     """What libraries read when they are loaded; the rest each worker gets with its fork.
 
     One thread, so that none exists when it forks. vLLM's CPU kernels want PyTorch's libgomp loaded first, else two
-    runtimes share the cores (vllm/platforms/cpu.py).
+    runtimes share the cores, and its allocator where it brings one; Inductor is told what vLLM tells it before it
+    starts a process (vllm/platforms/cpu.py).
     """
-    torch = importlib.util.find_spec("torch")
-    assert torch is not None and torch.origin is not None
-    library = Path(torch.origin).parent / "lib" / "libgomp.so.1"
-    preload = [os.environ.get("LD_PRELOAD", ""), str(library) if library.exists() else ""]
+    libraries = [*_found("vllm", "libs/libtcmalloc*.so*"), *_found("torch", "lib/libgomp.so.1")]
+    preload = [os.environ.get("LD_PRELOAD", ""), *libraries]
     return {
         **os.environ,
         **quiet_environment(),
         "LD_PRELOAD": ":".join(path for path in preload if path),
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        "TORCHINDUCTOR_CPP_DYNAMIC_THREADS": "1",
     }
+
+
+def _found(package: str, pattern: str) -> list[str]:
+    """The first file of an installed package that matches, if there is one."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.origin is not None
+    return [str(path) for path in sorted(Path(spec.origin).parent.glob(pattern))[:1]]

@@ -15,8 +15,13 @@ _FOLDER = Path("/dev/shm")
 
 def mapped_by_descendants() -> frozenset[str]:
     """Names in /dev/shm that descendants of this process have mapped now."""
+    return mapped_by(psutil.Process().children(recursive=True))
+
+
+def mapped_by(processes: Iterable[psutil.Process]) -> frozenset[str]:
+    """Names in /dev/shm that these processes have mapped now."""
     names = set()
-    for process in psutil.Process().children(recursive=True):
+    for process in processes:
         with contextlib.suppress(OSError):
             for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines():
                 path = line.split(maxsplit=5)[5:]

@@ -8,7 +8,7 @@ import difflib
 import uuid
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 
 from cluster.config import Settings
 from cluster.errors import ConfigError
+from model.nursery_client import TITLE, forks_of
 from model.quantised import engine_args
 from model.tokenizer_files import tokenizer_args
 
@@ -88,16 +89,34 @@ def parse_arguments(arguments: dict[str, Any]) -> Namespace:
 def engine_processes(replica_pid: int | None = None) -> list[psutil.Process]:
     """EngineCore, first, and its workers, of the engine that this process, or that replica, has started.
 
-    vLLM titles them "VLLM::..", but not always: setproctitle finds no room for a title where the first variable of the
-    environment was changed before, and Ray starts its workers with variables in any order.
+    They are its children and grandchildren, or the nursery's in their place (model/forked_process.py). vLLM titles them
+    "VLLM::..", but not always: setproctitle finds no room for a title where the first variable of the environment was
+    changed before, and Ray starts its workers with variables in any order.
     """
-    replica = psutil.Process(replica_pid)
+    nurseries = _nurseries()
+    found: list[psutil.Process] = []
+    parents = [psutil.Process(replica_pid)]
+    while parents:
+        parents = [child for parent in parents for child in _started_by(parent, nurseries)]
+        found += parents
+    return found
+
+
+def _started_by(parent: psutil.Process, nurseries: Iterable[str]) -> list[psutil.Process]:
+    forks = [pid for name in nurseries for pid in forks_of(name, parent.pid)]
     found = []
-    for process in replica.children(recursive=True):
+    for pid in (*(child.pid for child in parent.children()), *forks):
         with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
             if "multiprocessing.resource_tracker" not in " ".join(process.cmdline()):
-                found.append((process.ppid() != replica.pid, process))
-    return [process for _, process in sorted(found, key=lambda each: each[0])]
+                found.append(process)
+    return found
+
+
+def _nurseries() -> set[str]:
+    """Names of the nurseries on this machine."""
+    titles = (" ".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"]))
+    return {title.removeprefix(TITLE).strip() for title in titles if title.startswith(TITLE)}
 
 
 def is_alive(process: psutil.Process) -> bool:

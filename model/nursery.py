@@ -1,19 +1,23 @@
-"""Worker processes in a moment: `python -m model.nursery NAME PID` imports vLLM once and forks them from then on.
+"""Processes in a moment: `python -m model.nursery NAME PID` imports vLLM once and forks them from then on.
 
-Importing vLLM takes ten seconds of a core, for every process that does it. One such process per node pays them; an
-expert worker is a fork of it, so a worker that was killed has a successor as soon as its experts are loaded.
+Importing vLLM takes ten seconds of a core, for every process that does it. One such process per node pays them. An
+expert worker is a fork of it, so a worker that was killed has a successor as soon as its experts are loaded; so are
+the processes that an engine starts.
 
 It listens on the abstract Unix socket NAME for processes of the same user, for as long as process PID lives. A
-connection is one worker's life:
-    client    {"environment": {..}} with three descriptors: the worker's stdin, stdout and stderr
-    nursery   {"pid": n} with one descriptor, a pidfd of the worker (pidfd_open(2)); then, when it has ended,
+connection is one fork's life:
+    client    {"work": "worker" or "process", "environment": {..}} with the fork's descriptors: stdin, stdout, stderr,
+              and for a process of multiprocessing those that it inherits (model/forked_process.py)
+    nursery   {"pid": n} with one descriptor, a pidfd of the fork (pidfd_open(2)); then, when it has ended,
               {"status": n}, as subprocess.Popen.returncode has it
-A client that closes the connection, or dies, has no worker: what is left of it after some seconds is killed.
+A client that closes the connection, or dies, has no fork: what is left of it after some seconds is killed. Or it is one
+question: {"forks_of": pid} is answered {"forks": [pid, ..]}, the forks that live and that this process has asked for.
 
 Forking is safe while this process has one thread: it computes nothing, and what its libraries start is counted.
 """
 
 import contextlib
+import functools
 import gc
 import importlib
 import json
@@ -23,27 +27,47 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from setproctitle import setproctitle
 
-from cluster.auth import peer_user
+from cluster.auth import peer
+from model.nursery_client import PROCESS, TITLE, WORKER
 
 _ORPHAN_LIMIT_S = 6.0  # longer than a client waits for its worker to end in peace
 _REQUEST_LIMIT_BYTES = 1 << 20
 _REQUEST_LIMIT_S = 5.0
+_MOST_DESCRIPTORS = 64
+_STANDARD = 3  # stdin, stdout and stderr
+
+_OF_ENGINES = (
+    "model.forked_process",
+    "model.remote_experts",
+    "model.grok",
+    "model.partial_loading",
+    "vllm.v1.engine.core",
+    "vllm.v1.executor.multiproc_executor",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.v1.worker.cpu_model_runner",
+    "torch._inductor.compile_fx",
+)
+
+Work = Callable[[Sequence[int]], int]
+"""What a fork does with the descriptors that it has beside the three standard ones; returns its exit status."""
 
 
 @dataclass
-class _Worker:
+class _Fork:
     connection: socket.socket
+    client: int
     orphaned_at_s: float | None = None
 
 
 def main() -> int:
-    """Exit status 0 when the watched process has ended, or as a worker."""
+    """Exit status 0 when the watched process has ended, or as a fork."""
     name, watched = sys.argv[1], int(sys.argv[2])
     try:
         watched_fd = os.pidfd_open(watched)
@@ -52,88 +76,95 @@ def main() -> int:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind("\0" + name)
     listener.listen(64)  # whoever asks meanwhile waits here
-    setproctitle("switchyard: nursery")  # also so that it knows where titles go before a worker's environment changes
+    # By it the nursery is found; and it has to know where titles go before a fork's environment changes.
+    setproctitle(f"{TITLE}{name}")
     _import_everything()
-    return Nursery(listener, watched_fd, _be_a_worker).run()
+    return Nursery(listener, watched_fd, {WORKER: _be_a_worker, PROCESS: _be_a_process}).run()
 
 
 class Nursery:
-    """The loop of the process. run() returns the exit status, in forked workers too, which is what `work` returns."""
+    """The loop of the process. run() returns the exit status, in forks too, which is what their work returns."""
 
-    def __init__(self, listener: socket.socket, watched_fd: int, work: Callable[[], int]) -> None:
-        self._work = work
+    def __init__(self, listener: socket.socket, watched_fd: int, works: Mapping[str, Work]) -> None:
+        self._works = works
         self._listener = listener
         self._watched_fd = watched_fd
-        self._workers: dict[int, _Worker] = {}
+        self._forks: dict[int, _Fork] = {}
         self._deaths, self._death_bell = socket.socketpair()
         self._selector = selectors.DefaultSelector()
         self._is_ending = False
 
     def run(self) -> int:
-        """Until the watched process has ended and no worker is left."""
+        """Until the watched process has ended and no fork is left."""
         for end in (self._deaths, self._death_bell):
             end.setblocking(False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(self._death_bell.fileno(), warn_on_full_buffer=False)
         for each in (self._listener, self._deaths, self._watched_fd):
             self._selector.register(each, selectors.EVENT_READ)
-        while self._workers or not self._is_ending:
+        while self._forks or not self._is_ending:
             for key, _ in self._selector.select(timeout=1.0):
                 if key.fileobj is self._listener:
-                    if self._accept():
-                        return self._work()
+                    work = self._accept()
+                    if work is not None:
+                        return work()
                 elif key.fileobj is self._deaths:
                     with contextlib.suppress(BlockingIOError):
                         self._deaths.recv(4096)
                 elif key.fileobj == self._watched_fd:
                     self._selector.unregister(self._watched_fd)
-                    self._is_ending = True  # clients that outlive it have their workers until they end
+                    self._is_ending = True  # clients that outlive it have their forks until they end
                 else:
                     self._orphan(key.fileobj)
             self._bury()
             self._kill_orphans()
         return 0
 
-    def _accept(self) -> bool:
-        """Fork the worker that a client asks for. True in the worker."""
+    def _accept(self) -> Callable[[], int] | None:
+        """Answer a client. In the fork that it has asked for: what that has to do."""
         connection, _ = self._listener.accept()
         descriptors: list[int] = []
+        is_fork = False
         try:
-            if peer_user(connection) != os.getuid():
+            if peer(connection).user != os.getuid():
                 raise PermissionError("a process of another user")
-            connection.settimeout(_REQUEST_LIMIT_S)
-            request, descriptors, _, _ = socket.recv_fds(connection, _REQUEST_LIMIT_BYTES, 3)
-            while not request.endswith(b"\n"):
-                more = connection.recv(_REQUEST_LIMIT_BYTES)
-                if not more:
-                    raise ConnectionError("the client left")
-                request += more
-            environment = json.loads(request)["environment"]
-            if len(descriptors) != 3:
+            request = _receive(connection, descriptors)
+            if "forks_of" in request:
+                self._tell_forks_of(request["forks_of"], connection)
+                return None
+            work, environment = self._works[request["work"]], request["environment"]
+            if len(descriptors) < _STANDARD:
                 raise ValueError("three descriptors are wanted")
-            pid = self._fork(connection, environment, descriptors)
+            is_fork = self._fork(connection, environment, descriptors[:_STANDARD])
         except (OSError, ValueError, KeyError) as error:
             print(f"nursery: a request was refused: {error}", file=sys.stderr, flush=True)
             connection.close()
-            return False
+            return None
         finally:
-            for each in descriptors:
+            for each in descriptors[:_STANDARD] if is_fork else descriptors:
                 os.close(each)
-        return pid == 0
+        return functools.partial(work, descriptors[_STANDARD:]) if is_fork else None
 
-    def _fork(self, connection: socket.socket, environment: dict[str, str], descriptors: list[int]) -> int:
+    def _tell_forks_of(self, client: int, connection: socket.socket) -> None:
+        forks = [pid for pid, fork in self._forks.items() if fork.client == client]
+        connection.sendall(json.dumps({"forks": forks}).encode() + b"\n")
+        connection.close()
+
+    def _fork(self, connection: socket.socket, environment: dict[str, str], standard: Sequence[int]) -> bool:
+        """Whether this is the fork."""
         if (threads := len(list(Path("/proc/self/task").iterdir()))) != 1:
             print(f"nursery: forking with {threads} threads is not safe", file=sys.stderr, flush=True)
+        client = peer(connection).pid
         pid = os.fork()
         if pid == 0:
             self._forget(connection)
-            for number, descriptor in enumerate(descriptors):
+            for number, descriptor in enumerate(standard):
                 os.dup2(descriptor, number)
             os.environ.clear()
             os.environ.update(environment)
-            return 0
+            return True
         pidfd = os.pidfd_open(pid)  # it is not reaped before _bury, so this is that process and no other
-        self._workers[pid] = _Worker(connection)
+        self._forks[pid] = _Fork(connection, client)
         self._selector.register(connection, selectors.EVENT_READ)
         try:
             socket.send_fds(connection, [json.dumps({"pid": pid}).encode() + b"\n"], [pidfd])
@@ -141,51 +172,72 @@ class Nursery:
             self._orphan(connection)
         finally:
             os.close(pidfd)
-        return pid
+        return False
 
     def _forget(self, connection: socket.socket) -> None:
-        """In the worker: close all that is the nursery's."""
+        """In the fork: close all that is the nursery's."""
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._selector.close()
         os.close(self._watched_fd)
-        others = (worker.connection for worker in self._workers.values())
+        others = (fork.connection for fork in self._forks.values())
         for each in (self._listener, self._deaths, self._death_bell, connection, *others):
             each.close()
 
     def _orphan(self, connection: object) -> None:
-        for worker in self._workers.values():
-            if worker.connection is connection:
-                worker.orphaned_at_s = time.monotonic()
-                self._selector.unregister(worker.connection)
+        for fork in self._forks.values():
+            if fork.connection is connection:
+                fork.orphaned_at_s = time.monotonic()
+                self._selector.unregister(fork.connection)
 
     def _bury(self) -> None:
-        while self._workers:
+        while self._forks:
             try:
                 pid, status = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
                 return
             if pid == 0:
                 return
-            worker = self._workers.pop(pid)
-            if worker.orphaned_at_s is None:
-                self._selector.unregister(worker.connection)
+            fork = self._forks.pop(pid)
+            if fork.orphaned_at_s is None:
+                self._selector.unregister(fork.connection)
             with contextlib.suppress(OSError):
-                worker.connection.sendall(json.dumps({"status": os.waitstatus_to_exitcode(status)}).encode() + b"\n")
-            worker.connection.close()
+                fork.connection.sendall(json.dumps({"status": os.waitstatus_to_exitcode(status)}).encode() + b"\n")
+            fork.connection.close()
 
     def _kill_orphans(self) -> None:
         now_s = time.monotonic()
-        for pid, worker in self._workers.items():
-            if worker.orphaned_at_s is not None and now_s - worker.orphaned_at_s > _ORPHAN_LIMIT_S:
+        for pid, fork in self._forks.items():
+            if fork.orphaned_at_s is not None and now_s - fork.orphaned_at_s > _ORPHAN_LIMIT_S:
                 os.kill(pid, signal.SIGKILL)
 
 
-def _be_a_worker() -> int:
+def _be_a_worker(_: Sequence[int]) -> int:
     from model import worker_main
 
     setproctitle("switchyard: expert worker")
     return worker_main.main()
+
+
+def _be_a_process(descriptors: Sequence[int]) -> int:
+    from model import forked_process
+
+    setproctitle("switchyard: engine process")
+    return forked_process.run(descriptors)
+
+
+def _receive(connection: socket.socket, descriptors: list[int]) -> dict[str, Any]:
+    """A client's request; the descriptors that come with it are added to the list."""
+    connection.settimeout(_REQUEST_LIMIT_S)
+    words, received, _, _ = socket.recv_fds(connection, _REQUEST_LIMIT_BYTES, _MOST_DESCRIPTORS)
+    descriptors += received
+    while not words.endswith(b"\n"):
+        more = connection.recv(_REQUEST_LIMIT_BYTES)
+        if not more:
+            raise ConnectionError("the client left")
+        words += more
+    request: dict[str, Any] = json.loads(words)
+    return request
 
 
 def _import_everything() -> None:
@@ -193,6 +245,9 @@ def _import_everything() -> None:
     importlib.import_module("cluster.sabotage")
     importlib.import_module("cluster.tls")
     importlib.import_module("model.hosted_experts").import_kernels()
+    if importlib.import_module("vllm.platforms").current_platform.is_cpu():  # as model/forked_process.py has it
+        for name in _OF_ENGINES:
+            importlib.import_module(name)
     gc.collect()
     gc.freeze()  # the collector would touch, and so copy, pages that forks share
 

@@ -13,12 +13,14 @@ import psutil
 import pytest
 
 from deployments import nursery as client
+from model.nursery_client import NURSERY, NurseryFailed
 
 _NURSERY = """
 import os, signal, socket, sys
+from cluster.auth import Peer
 from model import nursery
 
-def work():
+def work(others):
     # What a worker does: words about itself, then whatever it is told.
     print(os.environ.get("COLOUR"), "HOME" in os.environ, sorted(os.listdir("/proc/self/fd"))[:-1], flush=True)
     for line in sys.stdin:
@@ -30,7 +32,7 @@ def work():
     return 0
 
 if "STRANGERS" in os.environ:
-    nursery.peer_user = lambda connection: os.getuid() + 1
+    nursery.peer = lambda connection: Peer(1, os.getuid() + 1)
 nursery._ORPHAN_LIMIT_S = 0.2
 nursery._import_everything = lambda: print("imported", flush=True)
 nursery._be_a_worker = work
@@ -41,7 +43,7 @@ os._exit(nursery.main())
 @pytest.fixture
 def name(monkeypatch: pytest.MonkeyPatch) -> str:
     name = client.nursery_name()
-    monkeypatch.setenv(client.NURSERY, name)
+    monkeypatch.setenv(NURSERY, name)
     return name
 
 
@@ -178,7 +180,7 @@ def test_processes_of_other_users_get_nothing(monkeypatch, name, guardian):
         assert process.stdout is not None and process.stderr is not None
         assert process.stdout.readline() == b"imported\n"
         try:
-            with pytest.raises(client.NurseryFailed):
+            with pytest.raises(NurseryFailed):
                 asyncio.run(fork())
         finally:
             process.kill()
@@ -186,7 +188,7 @@ def test_processes_of_other_users_get_nothing(monkeypatch, name, guardian):
 
 
 def test_without_a_node_s_nursery_a_replica_starts_its_own(monkeypatch):
-    monkeypatch.delenv(client.NURSERY, raising=False)
+    monkeypatch.delenv(NURSERY, raising=False)
     started: list[str] = []
 
     def start(name: str) -> subprocess.Popen[bytes]:
@@ -212,8 +214,8 @@ def test_without_a_node_s_nursery_a_replica_starts_its_own(monkeypatch):
 
 
 def test_one_that_cannot_start_is_told(monkeypatch):
-    monkeypatch.delenv(client.NURSERY, raising=False)
+    monkeypatch.delenv(NURSERY, raising=False)
     monkeypatch.setattr(client, "start_nursery", lambda name: subprocess.Popen(["false"]))
     monkeypatch.setattr(client, "_own", None)
-    with pytest.raises(client.NurseryFailed, match="did not start"):
+    with pytest.raises(NurseryFailed, match="did not start"):
         asyncio.run(fork())
