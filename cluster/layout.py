@@ -71,9 +71,9 @@ def _area(shard: ShardSettings) -> int:
 
 
 def node_selector(nodes: Iterable[str]) -> dict[str, str]:
-    """Ray's label selector for any of these nodes."""
+    """Ray's label selector for any of these nodes. Without spaces: to Ray 2.60 one is part of the name behind it."""
     names = sorted(set(nodes))
-    return {NODE_LABEL: names[0] if len(names) == 1 else f"in({', '.join(names)})"}
+    return {NODE_LABEL: names[0] if len(names) == 1 else f"in({','.join(names)})"}
 
 
 def per_node(count: int, nodes: tuple[str, ...]) -> int | None:

@@ -35,7 +35,8 @@ ROUTER_NAME = "expert-router"
 ENGINE_NAME = "engine"
 GATEKEEPER_NAME = "gatekeeper"
 
-# Ray gives the head node this resource (ray/_private/resource_spec.py): the file of API keys is there.
+# Ray gives the head node this resource (ray/_private/resource_spec.py). The file of API keys is there; and the expert
+# router is where Ray and Serve have their own heads, so that no other machine is needed for all of them to work.
 _ON_HEAD = {"node:__internal_head__": 0.001}
 # Long polls and heartbeats of every worker and engine are calls in progress at the router.
 _ROUTER_CALLS = 10_000
@@ -94,7 +95,7 @@ def build_app(args: Mapping[str, Any]) -> Application:
         gatekeeper = _deployment(Gatekeeper, GATEKEEPER_NAME, 1, 0, _ROUTER_CALLS, resources=_ON_HEAD).bind(values)
     if spec is None:
         return engine.bind(values, None, [], gatekeeper)
-    router = _deployment(ExpertRouter, ROUTER_NAME, 1, 0, _ROUTER_CALLS).bind(
+    router = _deployment(ExpertRouter, ROUTER_NAME, 1, 0, _ROUTER_CALLS, resources=_ON_HEAD).bind(
         values, spec.fingerprint, spec.num_layers, spec.num_experts, uuid.uuid4().hex
     )
     num_shards = len(shards_of(settings, spec.num_layers, spec.num_experts))

@@ -150,10 +150,10 @@ def use_nursery() -> None:
 def run(descriptors: Sequence[int]) -> int:
     """In the fork: be the process that standard input describes. Returns its exit status."""
     global _inherited
-    from model.kernel_threads import start_kernel_threads
-
     resource_tracker._resource_tracker._fd, *_inherited = descriptors  # type: ignore[attr-defined]
     if cores := os.environ.get(_BOUND_CORES):
+        from model.kernel_threads import start_kernel_threads
+
         start_kernel_threads([int(core) for core in cores.split()])
     message, parent = os.dup(0), os.dup(0)
     status = spawn._main(message, parent)

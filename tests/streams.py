@@ -4,6 +4,7 @@ import json
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -46,17 +47,20 @@ def completion(serving: Serving, num_tokens: int, stream: bool = True) -> urllib
 class Load:
     """Streams that ask again and again until stopped. An answer that fails ends its stream and is kept as an error."""
 
-    def __init__(self, serving: Serving) -> None:
+    def __init__(self, serving: Serving, streams: int = STREAMS, begin: Callable[[], None] = lambda: None) -> None:
+        """`begin` is what each stream's thread does first."""
         self.answers: list[Answer] = []
         self.errors: list[Exception] = []
         self._serving = serving
+        self._begin = begin
         self._stop = threading.Event()
-        self._threads = [threading.Thread(target=self._run) for _ in range(STREAMS)]
+        self._threads = [threading.Thread(target=self._run) for _ in range(streams)]
         for thread in self._threads:
             thread.start()
 
     def _run(self) -> None:
         try:
+            self._begin()
             while not self._stop.is_set():
                 self.answers.append(ask(self._serving))
         except Exception as error:

@@ -28,10 +28,10 @@ os._exit(nursery.main())
 """
 
 
-@pytest.fixture
-def name(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[str]:
+    """Its name."""
     name = nursery_name()
-    monkeypatch.setenv(NURSERY, name)
     command = [sys.executable, "-c", _NURSERY, name, str(os.getpid())]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=_ROOT) as process:
         assert process.stdout is not None and process.stdout.readline() == b"ready\n"
@@ -39,12 +39,18 @@ def name(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         process.kill()
 
 
+@pytest.fixture
+def name(nursery: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv(NURSERY, nursery)
+    return nursery
+
+
 def _tell(pipe: Connection, lock: Lock) -> None:
     """In the fork: who and where this is, while the lock is held."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     with lock:
-        pipe.send((os.getpid(), parent.pid, os.environ["COLOUR"], os.getcwd()))
+        pipe.send((os.getpid(), parent.pid, os.environ["COLOUR"], str(Path.cwd())))
 
 
 def _wait_for_ever(pipe: Connection) -> None:
@@ -81,7 +87,7 @@ def test_a_fork_has_its_arguments_the_environment_and_descriptors(name, monkeypa
         theirs.close()
         assert not ours.poll(0.2), "it waits for the lock, which is the same on both sides"
         assert forks_of(name, os.getpid()) == [process.pid]
-    assert ours.recv() == (process.pid, os.getpid(), "red", os.getcwd())
+    assert ours.recv() == (process.pid, os.getpid(), "red", str(Path.cwd()))
     process.join()
     assert process.exitcode == 0 and not process.is_alive()
     assert forks_of(name, os.getpid()) == []
