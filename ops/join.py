@@ -45,6 +45,7 @@ _CONNECT_LIMIT_S = 5.0
 _HEAD_LIMIT_S = 30.0
 _POLL_S = 0.5
 _STOP_LIMIT_S = 10.0
+_JOINED = "Ray runtime started"  # ray/scripts/scripts.py
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -148,7 +149,8 @@ def _stay(command: list[str], log: Path, head: str, nursery: str) -> int:
         ray = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
     try:
         with joined_here(head):
-            print("joined. Ctrl-C takes this machine back.", flush=True)
+            if _has_joined(ray, log):
+                print("joined. Ctrl-C takes this machine back.", flush=True)
             status = ray.wait()
         print(f"switchyard: Ray has ended with status {status}: {_last_line(log)}", file=sys.stderr, flush=True)
         return 1
@@ -157,6 +159,15 @@ def _stay(command: list[str], log: Path, head: str, nursery: str) -> int:
         return 0
     finally:
         processes.end_descendants(_STOP_LIMIT_S)
+
+
+def _has_joined(ray: subprocess.Popen[bytes], log: Path) -> bool:
+    """Wait until Ray says that it runs, or ends."""
+    while ray.poll() is None:
+        if _JOINED in log.read_text(encoding="utf-8", errors="replace"):
+            return True
+        time.sleep(_POLL_S)
+    return False
 
 
 def _last_line(log: Path) -> str:

@@ -71,8 +71,11 @@ class Cluster:
 
     def join(self, *names: str) -> None:
         for name in names:
-            shutil.copy(self.head.folder / "token", self.hosts[name].folder / "token")
-            self.hosts[name].start("join.log", "join", self.head.address, "--token-file", "/tmp/token")
+            host = self.hosts[name]
+            shutil.copy(self.head.folder / "token", host.folder / "token")
+            host.start("join.log", "join", self.head.address, "--token-file", "/tmp/token")
+            # Each imports vLLM; all at once on two cores, and Ray gives up on the last one.
+            wait_until(lambda host=host: "joined." in host.said("join.log"), f"{name} has joined")
 
     def wait_for(self, *names: str) -> None:
         wait_until(lambda: set(self.online()) == set(names), f"replicas on {names} and nowhere else", 240)

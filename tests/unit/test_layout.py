@@ -47,7 +47,7 @@ def test_shards_and_counts():
     assert most_replicas(parsed) == {0: 2}
     assert all_nodes(parsed.layout) == ("a", "b", "c")
     assert (
-        node_selector(("b", "a")) == {"switchyard-node": "in(a, b)"} and node_selector(("a",))["switchyard-node"] == "a"
+        node_selector(("b", "a")) == {"switchyard-node": "in(a,b)"} and node_selector(("a",))["switchyard-node"] == "a"
     )
     assert per_node(4, ("a", "b")) == 2 and per_node(3, ("a",)) is None and per_node(2, ()) is None
 
@@ -96,8 +96,8 @@ def test_deployments_are_pinned_and_spread():
     found = {each.name: each for each in _deployments(build_app(args))}
     assert set(found) == {"engine", "expert-router", "experts-0", "experts-1", "shadow-1"}
     expected = {
-        "engine": ({"num_gpus": 1, "label_selector": {"switchyard-node": "in(a, b)"}}, 2, 1),
-        "experts-0": ({"num_gpus": 1, "label_selector": {"switchyard-node": "in(a, b)"}}, 2, 1),
+        "engine": ({"num_gpus": 1, "label_selector": {"switchyard-node": "in(a,b)"}}, 2, 1),
+        "experts-0": ({"num_gpus": 1, "label_selector": {"switchyard-node": "in(a,b)"}}, 2, 1),
         "experts-1": ({"num_gpus": 0, "label_selector": {"switchyard-node": "a"}}, 1, None),
         "shadow-1": ({"num_gpus": 0, "label_selector": {"switchyard-node": "c"}}, 1, None),
         "expert-router": ({"num_gpus": 0}, 1, None),
