@@ -19,7 +19,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from deployments.environment import quiet_environment
-from model.nursery_client import NURSERY, WORKER, Fork, NurseryFailed, ask, connect
+from model.nursery_client import NURSERY as NURSERY  # also for who starts a node
+from model.nursery_client import WORKER, Fork, NurseryFailed, ask, connect
 
 _START_LIMIT_S = 180.0
 _TRY_EVERY_S = 0.05

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cluster.errors import ConfigError
 from deployments.environment import cache_folder
-from model.nursery_client import NURSERY
+from deployments.nursery import NURSERY
 
 RAY_PORT = 6379
 # Where engines listen for haproxy, on every machine of a cluster. Below the range from which Linux takes ports for
