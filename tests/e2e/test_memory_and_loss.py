@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from deployments.vllm_app import engine_processes, is_alive
+from model.nursery_client import TITLE
 from ops.bench.make_model import ModelShape, make_model
 from tests import golden
 from tests.serving import Serving, wait_until
@@ -103,7 +104,7 @@ def kill_nurseries(serving: Serving) -> None:
     found = []
     for process in psutil.Process(serving.process_id).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if "switchyard: nursery" in " ".join(process.cmdline()):
+            if TITLE in " ".join(process.cmdline()):
                 found.append(process)
     assert found
     for process in found:

@@ -1,7 +1,7 @@
 """A cluster of several hosts, brought up by `switchyard up` and `switchyard join`, that loses hosts while it answers.
 
 The hosts are namespaces of this computer (tests/hosts.py): that needs root, and without it these tests are skipped and
-say so at the end of the run.
+say so at the end of the run. They run on demand only: make test PYTEST_ARGS="-m hosts"
 """
 
 import json
@@ -114,7 +114,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             "/tmp/config.yaml",
         )
         wait_until(lambda: "starting Ray" in cluster.head.said("up.log"), "the head starts its Ray")
-        cluster.head.wait_for_port(RAY_PORT)
+        wait_until(lambda: cluster.head.listens_on(RAY_PORT), "others can join")
         cluster.join(*JOINING)
         wait_until(lambda: "ready: " in cluster.head.said("up.log"), "the model is served", 400)
         yield cluster
