@@ -78,6 +78,9 @@ def node_environment(token: Path, temporary: Path, engine_ports: tuple[int, int]
         "RAY_kill_child_processes_on_worker_exit_with_raylet_subreaper": "1",
         # Serve's controller looks after its replicas ten times a second by default, on a core that kernels need.
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.3",
+        # Calls through a Serve handle go from process to process. As Ray's tasks each of them would end with an
+        # acknowledgement of its caller's, for which the callee waits: for half a minute if the caller was cut off.
+        "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(engine_ports[0]),
