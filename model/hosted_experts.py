@@ -333,6 +333,7 @@ def _load_integers(
             layer.hidden_size,
             layer.intermediate_size_per_partition,
             layer.activation.value,
+            spec.dtype,
             num_threads,
         )
         for ordinal, layer in layers.items()

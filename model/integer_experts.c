@@ -1,7 +1,8 @@
 /* Routed experts whose weights are integers with scales, on the CPU. See model/integer_experts.py.
  *
  * A weight is integer * scale, which is exact in float32, or that rounded to bfloat16; it exists in registers only.
- * Everything else is float32. A token's result depends on no other token and on no number of threads.
+ * Everything else is float32; or, where a stack has blocks, tokens are 16 bits wide while they meet the weights, and what
+ * is summed within a block are integers. A token's result depends on no other token and on no number of threads.
  *
  * T tokens, D hidden, F inner, K chosen experts per token, P = T * K pairs, E experts.
  */
@@ -22,11 +23,12 @@
 
 enum activation { SILU, GELU, GELU_TANH };
 
-/* One of a layer's two stacks of matrices: [E, rows, columns] integers, [E, rows, columns / group] bfloat16 scales. */
+/* One of a layer's two stacks of matrices: [E, rows, columns] integers, [E, rows, columns / group] bfloat16 scales.
+ * block: 0, or how many columns are summed as integers; int4 then lies as integer_shorts.h says. */
 struct stack {
     const uint8_t *integers;
     const uint16_t *scales;
-    int64_t rows, columns, group;
+    int64_t rows, columns, group, block;
 };
 
 struct layer {
@@ -35,13 +37,22 @@ struct layer {
     int32_t bits, rounds, activation;
 };
 
+/* [N, columns] numbers that a stack is multiplied with. */
+struct vectors {
+    float *numbers;
+    int16_t *shorts;  /* with blocks, [N, columns]: number / scale */
+    float *scales;    /* with blocks, [N, columns / block] */
+    int32_t *offsets; /* with blocks, [N, columns / block]: minus 8 * their sum, for int4 is stored with 8 added */
+};
+
 struct call {
     const struct layer *layer;
-    const float *x_TD, *weights_TK;
-    float *inner_PF, *sum_TD;
-    const int32_t *pairs_P; /* pair numbers t * K + k by expert; expert e has first[e] .. first[e + 1] */
-    const int64_t *first;
-    int64_t top_k, next; /* next: the first piece of work that nobody has taken */
+    struct vectors x, inner; /* [T, D] and [P, F] */
+    const float *weights_TK;
+    float *sum_TD;
+    int32_t *pairs_P; /* pair numbers t * K + k by expert; expert e has first[e] .. first[e + 1] */
+    int64_t *first;
+    int64_t num_tokens, top_k, next; /* next: the first piece of work that nobody has taken */
 };
 
 INLINE float from_bfloat16(uint16_t bits)
@@ -117,6 +128,7 @@ INLINE floats_plain int4_plain(const uint8_t *row, float scale)
 #ifdef __x86_64__
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
+#include "integer_shorts.h"
 #define VARIANT avx2
 #define LANES 8
 typedef float floats_avx2 __attribute__((vector_size(32), aligned(4)));
@@ -165,19 +177,64 @@ INLINE floats_avx512 int4_avx512(const uint8_t *row, float scale) /* see int4_av
 #pragma GCC pop_options
 #endif
 
+static void run(work_fn work, struct call *c, int num_threads)
+{
+    c->next = 0;
+    run_in_team(work, c, num_threads);
+}
+
 struct kernels {
     work_fn gate_and_up, down;
 };
+
+static int has_avx2(void)
+{
+#ifdef __x86_64__
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+    return 0;
+#endif
+}
 
 static struct kernels choose(void)
 {
 #ifdef __x86_64__
     if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
         return (struct kernels){all_gate_and_up_avx512, all_down_avx512};
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    if (has_avx2())
         return (struct kernels){all_gate_and_up_avx2, all_down_avx2};
 #endif
     return (struct kernels){all_gate_and_up_plain, all_down_plain};
+}
+
+static void gate_and_up(struct call *c, int num_threads)
+{
+    work_fn work = choose().gate_and_up;
+#ifdef __x86_64__
+    if (c->layer->w13.block) {
+        run(shorten_x, c, num_threads);
+        work = all_gate_and_up_shorts;
+    }
+#endif
+    run(work, c, num_threads);
+}
+
+static void down(struct call *c, int num_threads)
+{
+    work_fn work = choose().down;
+#ifdef __x86_64__
+    if (c->layer->w2.block) {
+        run(shorten_inner, c, num_threads);
+        work = all_down_shorts;
+    }
+#endif
+    run(work, c, num_threads);
+}
+
+/* Whether stacks may have blocks on this processor. */
+int switchyard_integer_blocks(void)
+{
+    return has_avx2();
 }
 
 /* Pairs by expert, in ascending order (a counting sort); pairs of experts that are not here (id -1) are left out. */
@@ -194,29 +251,60 @@ static void sort_pairs(const int32_t *ids_TK, int64_t pairs, int64_t experts, in
             pairs_P[first[ids_TK[p] + 1]++] = (int32_t)p;
 }
 
-/* out[t] = sum of weights[t, k] * expert ids[t, k](x[t]) over the experts that are here. x and out: float32, or bfloat16.
- * first and pairs_P are room for E + 2 and P of them, scratch for 2 * T * D + P * F floats. */
-void switchyard_integer_experts(const struct layer *l, const void *x, const float *weights_TK, const int32_t *ids_TK,
-                                void *out, int64_t tokens, int64_t top_k, int is_bfloat16, float *scratch,
-                                int64_t *first, int32_t *pairs_P, int num_threads)
+/* Where the call's arrays begin in `scratch`; returns the bytes that they take. */
+static size_t place(struct call *c, uint8_t *scratch)
 {
-    const int64_t hidden = l->w13.columns, size = tokens * hidden;
-    float *x_TD = scratch, *sum_TD = scratch + size;
+    const struct layer *l = c->layer;
+    const int64_t tokens = c->num_tokens, pairs = tokens * c->top_k;
+    size_t used = 0;
+#define PLACE(pointer, count)                                           \
+    do {                                                                \
+        pointer = (void *)(scratch + used);                             \
+        used += ((size_t)(count) * sizeof *pointer + 63) / 64 * 64;     \
+    } while (0)
+#define PLACE_VECTORS(v, n, s)                                          \
+    do {                                                                \
+        PLACE(v.numbers, (n) * (s)->columns);                            \
+        if ((s)->block) {                                               \
+            PLACE(v.shorts, (n) * (s)->columns);                        \
+            PLACE(v.scales, (n) * (s)->columns / (s)->block);           \
+            PLACE(v.offsets, (n) * (s)->columns / (s)->block);          \
+        }                                                               \
+    } while (0)
+    PLACE_VECTORS(c->x, tokens, &l->w13);
+    PLACE_VECTORS(c->inner, pairs, &l->w2);
+    PLACE(c->sum_TD, tokens * l->w2.rows);
+    PLACE(c->first, l->num_experts + 2);
+    PLACE(c->pairs_P, pairs);
+    return used;
+}
+
+/* How many bytes `scratch` needs, aligned to 64. */
+int64_t switchyard_integer_experts_scratch(const struct layer *l, int64_t tokens, int64_t top_k)
+{
+    struct call c = {.layer = l, .num_tokens = tokens, .top_k = top_k};
+    return (int64_t)place(&c, 0);
+}
+
+/* out[t] = sum of weights[t, k] * expert ids[t, k](x[t]) over the experts that are here. x and out: float32, or bfloat16. */
+void switchyard_integer_experts(const struct layer *l, const void *x, const float *weights_TK, const int32_t *ids_TK,
+                                void *out, int64_t tokens, int64_t top_k, int is_bfloat16, void *scratch, int num_threads)
+{
+    const int64_t size = tokens * l->w13.columns;
+    struct call c = {.layer = l, .weights_TK = weights_TK, .num_tokens = tokens, .top_k = top_k};
+    place(&c, scratch);
     for (int64_t i = 0; i < size; i++)
-        x_TD[i] = is_bfloat16 ? from_bfloat16(((const uint16_t *)x)[i]) : ((const float *)x)[i];
-    memset(sum_TD, 0, (size_t)size * sizeof *sum_TD);
-    sort_pairs(ids_TK, tokens * top_k, l->num_experts, pairs_P, first);
-    struct call c = {l, x_TD, weights_TK, sum_TD + size, sum_TD, pairs_P, first, top_k, 0};
-    const struct kernels kernels = choose();
-    run_in_team(kernels.gate_and_up, &c, num_threads);
-    c.next = 0;
-    run_in_team(kernels.down, &c, num_threads);
+        c.x.numbers[i] = is_bfloat16 ? from_bfloat16(((const uint16_t *)x)[i]) : ((const float *)x)[i];
+    memset(c.sum_TD, 0, (size_t)size * sizeof *c.sum_TD);
+    sort_pairs(ids_TK, tokens * top_k, l->num_experts, c.pairs_P, c.first);
+    gate_and_up(&c, num_threads);
+    down(&c, num_threads);
     for (int64_t i = 0; i < size; i++) {
         if (!is_bfloat16) {
-            ((float *)out)[i] = sum_TD[i];
+            ((float *)out)[i] = c.sum_TD[i];
             continue;
         }
-        const float value = rounded(sum_TD[i]);
+        const float value = rounded(c.sum_TD[i]);
         uint32_t word;
         memcpy(&word, &value, sizeof word);
         ((uint16_t *)out)[i] = (uint16_t)(word >> 16);

@@ -32,9 +32,14 @@ def random_layer(hidden: int, inner: int, groups: tuple[int, int], stored: Forma
     return {(expert, name): random_matrix(*size, stored) for expert in range(EXPERTS) for name, size in sizes.items()}
 
 
-def loaded(matrices: dict[tuple[int, str], Quantised], activation: str, num_threads: int = 2) -> IntegerExperts:
+def loaded(
+    matrices: dict[tuple[int, str], Quantised],
+    activation: str,
+    dtype: torch.dtype = torch.float32,
+    num_threads: int = 2,
+) -> IntegerExperts:
     hidden, inner = len(matrices[0, "w2"].scales_OG), len(matrices[0, "w1"].scales_OG)
-    experts = IntegerExperts(EXPERTS, hidden, inner, activation, num_threads)
+    experts = IntegerExperts(EXPERTS, hidden, inner, activation, dtype, num_threads)
     for (expert, name), matrix in matrices.items():
         experts.put(expert, name, matrix)
     return experts
@@ -84,23 +89,74 @@ def test_equals_plain_weights(activation, bits, product, hidden, inner, groups) 
         torch.testing.assert_close(call(experts, *arguments).double(), reference_TD, rtol=1e-4, atol=2e-6)
 
 
-def test_bfloat16_tokens_are_rounded_once() -> None:
-    torch.manual_seed(1)
-    matrices = random_layer(128, 96, (1, 3), Format(4, torch.float32))
-    x_TD, weights_TK, ids_TK = random_call(9, 128)
-    x_TD = x_TD.bfloat16()
+@pytest.mark.parametrize(
+    ("bits", "product", "hidden", "inner", "groups"),
+    [
+        (8, torch.bfloat16, 128, 344, (1, 8)),
+        (8, torch.float32, 256, 384, (2, 3)),  # groups of 128: so many columns are summed as integers
+        (8, torch.float32, 768, 96, (1, 1)),  # 256 of 768, and 32
+        (8, torch.float32, 128, 344, (1, 8)),  # groups of 43 in w2 only: products of floats there
+        (4, torch.float32, 256, 384, (2, 3)),
+        (4, torch.float32, 128, 96, (1, 3)),  # groups of 32 in w2: too few
+    ],
+)
+def test_bfloat16_tokens_are_rounded_once(bits, product, hidden, inner, groups) -> None:
+    torch.manual_seed(bits + hidden)
+    matrices = random_layer(hidden, inner, groups, Format(bits, product))
+    experts = loaded(matrices, "silu", torch.bfloat16)
+    for num_tokens in (1, 2, 3, 17):
+        x_TD, weights_TK, ids_TK = random_call(num_tokens, hidden)
+        x_TD = x_TD.bfloat16()
+        exact_TD = expected(matrices, "silu", x_TD, weights_TK, ids_TK)
+        found_TD = call(experts, x_TD, weights_TK, ids_TK)
+        assert found_TD.dtype == torch.bfloat16
+        # Half a step of bfloat16, and what 16 bits lose of the largest number.
+        torch.testing.assert_close(found_TD.double(), exact_TD, rtol=2**-8, atol=2**-14 * float(exact_TD.abs().max()))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_largest_numbers_have_room(bits) -> None:
+    """Every weight and every token at the end of its range, with the same sign."""
+    stored, hidden, inner = Format(bits, torch.float32), 256, 256
+    low = torch.full((256, 256), -(1 << bits - 1), dtype=torch.int8)
+    scales = torch.full((256, 1), 2.0**-10, dtype=torch.bfloat16)
+    matrix = Quantised(stored, pack(low, bits), scales)
+    matrices = {(expert, name): matrix for expert in range(EXPERTS) for name in ("w1", "w2", "w3")}
+    x_TD, weights_TK = torch.full((1, hidden), -1.0, dtype=torch.bfloat16), torch.ones(1, 1)
+    ids_TK = torch.zeros((1, 1), dtype=torch.int32)
+    found_TD = call(loaded(matrices, "silu", torch.bfloat16), x_TD, weights_TK, ids_TK)
     exact_TD = expected(matrices, "silu", x_TD, weights_TK, ids_TK)
-    found_TD = call(loaded(matrices, "silu"), x_TD, weights_TK, ids_TK)
-    assert found_TD.dtype == torch.bfloat16
-    torch.testing.assert_close(found_TD.double(), exact_TD, rtol=2**-8, atol=1e-6)
+    assert inner == low.shape[1]
+    torch.testing.assert_close(found_TD.double(), exact_TD, rtol=2**-8, atol=0)
 
 
-def test_a_token_depends_on_no_other_and_on_no_thread() -> None:
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_so(bits, wrong) -> None:
+    torch.manual_seed(4)
+    matrices = random_layer(128, 128, (1, 1), Format(bits, torch.float32))
+    x_TD, weights_TK, ids_TK = random_call(3, 128)
+    x_TD[1, 5] = wrong
+    x_TD[2] = 0
+    found_TD = call(loaded(matrices, "silu", torch.bfloat16), x_TD.bfloat16(), weights_TK, ids_TK)
+    assert found_TD[0].isfinite().all() and not found_TD[1].isfinite().any() and not found_TD[2].any()
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype"),
+    [
+        (Format(8, torch.bfloat16), torch.float32),
+        (Format(8, torch.float32), torch.bfloat16),
+        (Format(4, torch.float32), torch.bfloat16),
+    ],
+)
+def test_a_token_depends_on_no_other_and_on_no_thread(stored, dtype) -> None:
     torch.manual_seed(2)
-    matrices = random_layer(128, 160, (2, 5), Format(8, torch.bfloat16))
+    matrices = random_layer(128, 320, (2, 5), stored)
     x_TD, weights_TK, ids_TK = random_call(23, 128)
-    together_TD = call(loaded(matrices, "gelu"), x_TD, weights_TK, ids_TK)
-    alone = loaded(matrices, "gelu", num_threads=1)
+    x_TD = x_TD.to(dtype)
+    together_TD = call(loaded(matrices, "gelu", dtype), x_TD, weights_TK, ids_TK)
+    alone = loaded(matrices, "gelu", dtype, num_threads=1)
     rows = [call(alone, x_TD[t : t + 1], weights_TK[t : t + 1], ids_TK[t : t + 1]) for t in range(23)]
     assert torch.equal(together_TD, torch.cat(rows))
 
