@@ -117,10 +117,14 @@ def _environment() -> dict[str, str]:
     One thread, so that none exists when it forks. vLLM's CPU kernels want PyTorch's libgomp loaded first, else two
     runtimes share the cores, and its allocator where it brings one; Inductor is told what vLLM tells it before it
     starts a process (vllm/platforms/cpu.py).
+
+    Tensors lie in huge pages: a kernel that comes after another process's finds the page tables in no cache, and
+    reading them costs as much as reading the weights (ops/bench/README.md).
     """
     libraries = [*_found("vllm", "libs/libtcmalloc*.so*"), *_found("torch", "lib/libgomp.so.1")]
     preload = [os.environ.get("LD_PRELOAD", ""), *libraries]
     return {
+        "THP_MEM_ALLOC_ENABLE": "1",  # c10/core/impl/alloc_cpu.cpp
         **os.environ,
         **quiet_environment(),
         "LD_PRELOAD": ":".join(path for path in preload if path),
