@@ -23,7 +23,7 @@ observe: install
 	@exec $(BIN)/switchyard observe $(ARGS)
 
 test: install-test
-	@$(BIN)/python -m pytest -m "not hosts$(if $(GPU),, and not gpu)" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest $(if $(GPU),,-m "not gpu") $(PYTEST_ARGS)
 
 lint: install-test
 	@$(BIN)/ruff format --check .

@@ -5,7 +5,7 @@ layers of a step one after the other; each layer's tokens go to the workers of t
 that waits for the same layer; of two replicas the one with fewer outstanding tokens is asked; calls of a lost worker go
 to another replica once the loss is noticed, or wait for one. Prompts are computed in chunks beside decoding requests.
 
-Kernels take roofline time divided by the measured efficiency; everything else comes from `Costs`, which are measured.
+Kernels take roofline time at the rates that they were measured to reach; everything else comes from `Costs` too.
 Deterministic for a seed.
 """
 
@@ -17,7 +17,7 @@ import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
@@ -43,10 +43,20 @@ class Costs:
     """Of that, for each request in the step."""
     message_s: float
     """Of a layer call for each worker after the first."""
-    kernel_efficiency: float
-    """What kernels reach of a device's peak rates."""
+    read_efficiency: float
+    """What kernels reach of a device's memory bandwidth."""
+    arithmetic_efficiency: float
+    """What they reach of its peak arithmetic rate."""
     notice_s: float
     """From a node's loss to its calls being sent elsewhere."""
+
+    def reached(self, chip: Chip) -> Chip:
+        """The chip with the rates that kernels reach."""
+        return replace(
+            chip,
+            bandwidth_bytes_s=chip.bandwidth_bytes_s * self.read_efficiency,
+            flops=chip.flops * self.arithmetic_efficiency,
+        )
 
 
 @dataclass(frozen=True)
@@ -132,7 +142,15 @@ def simulate(
     cluster: SimCluster, load: Workload, costs: Costs, progress: Callable[[float], None] = lambda now_s: None
 ) -> Outcome:
     """Run the load to its end. `progress` hears the simulated time now and then."""
-    return _Simulation(cluster, load, costs).run(progress)
+    return _Simulation(_at_measured_rates(cluster, costs), load, costs).run(progress)
+
+
+def _at_measured_rates(cluster: SimCluster, costs: Costs) -> SimCluster:
+    shards = tuple(
+        replace(shard, workers=tuple((node, costs.reached(chip)) for node, chip in shard.workers))
+        for shard in cluster.shards
+    )
+    return replace(cluster, engine=replace(cluster.engine, chip=costs.reached(cluster.engine.chip)), shards=shards)
 
 
 class _Simulation:
@@ -212,7 +230,7 @@ class _Simulation:
         if not engine.is_busy:
             return
         cached = sum(request.cached for request in engine.running)
-        kernels_s = dense_seconds(cluster.model, cluster.engine, engine.tokens, cached) / costs.kernel_efficiency
+        kernels_s = dense_seconds(cluster.model, cluster.engine, engine.tokens, cached)
         beside_s = costs.step_s + costs.step_request_s * len(engine.chunks)
         engine.layer, engine.layer_s = 0, kernels_s / cluster.model.num_moe_layers
         self._at(self._now_s + beside_s + engine.layer_s, self._guarded(engine, self._call_layer))
@@ -305,7 +323,7 @@ class _Simulation:
         distinct = min(held.end_expert - held.first_expert, sum(call.distinct for call in calls))
         pairs = sum(call.pairs for call in calls)
         read_s = distinct * model.expert_bytes / chip.bandwidth_bytes_s
-        return max(read_s, 2 * model.expert_params * pairs / chip.flops) / self._costs.kernel_efficiency
+        return max(read_s, 2 * model.expert_params * pairs / chip.flops)
 
     def _answer(self, worker: _Worker) -> None:
         for call in worker.serving:

@@ -66,6 +66,10 @@ class _Space:
         """Run a command to its end. Raises CalledProcessError."""
         return subprocess.run(self.enter(list(command)), check=True, capture_output=True, text=True).stdout
 
+    @property
+    def is_up(self) -> bool:
+        return self._maker.poll() is None
+
     def end(self) -> None:
         self._maker.kill()
         self._maker.wait()
@@ -137,6 +141,11 @@ class Host:
 
     def plug_in(self) -> None:
         self._switch.do("ip", "link", "set", self._port, "master", "switch")
+
+    @property
+    def is_up(self) -> bool:
+        """False after end()."""
+        return self._space.is_up
 
     def end(self) -> None:
         """All its processes are killed at once, as when the power fails."""

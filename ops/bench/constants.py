@@ -32,6 +32,7 @@ def costs_of(values: Mapping[str, Any]) -> Costs:
         step_s=values["step_us"] / 1e6,
         step_request_s=values["step_request_us"] / 1e6,
         message_s=values["message_us"] / 1e6,
-        kernel_efficiency=values["kernel_efficiency"],
+        read_efficiency=values["read_efficiency"],
+        arithmetic_efficiency=values["arithmetic_efficiency"],
         notice_s=values["notice_s"],
     )

@@ -1,12 +1,16 @@
 """`switchyard bench fit`: the constants of plans and simulations from what `switchyard bench workers` has measured, and
 how far simulations with them are from the measurements that they were not made from.
 
-Fitted are the runs with one worker at the fewest and at the most streams. Letters: T tokens in a layer call.
+Fitted are the runs with one worker: the rates that their kernels reach to all of them, the rest to those at the fewest
+and at the most streams. All streams of a run begin at once, so its steps are those of their prompts, and then as many as
+an answer has further tokens, with one token of every stream.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,7 @@ import yaml
 from cluster.errors import ConfigError
 from cluster.inventory import Chip
 from cluster.placement import partition
-from cluster.roofline import dense_seconds, expert_seconds
+from cluster.roofline import EngineLoad, dense_seconds, expert_seconds
 from cluster.simulation import SimCluster, SimShard, simulate
 from cluster.workload import Workload
 from ops.bench.constants import costs_of
@@ -26,6 +30,7 @@ Run = Mapping[str, Any]
 
 _SIMULATED_S = 60.0
 _WARM_UP_S = 5.0
+_TRIED = tuple(percent / 100 for percent in range(2, 121))
 _FRONT = ("gather_us", "send_us", "combine_us")
 
 
@@ -43,9 +48,9 @@ def run(args: argparse.Namespace) -> int:
     """Prints the constants as YAML, and below them, as comments, prediction against measurement."""
     runs = read_runs(args.runs)
     cluster = read_plan(args.plan)
-    values = {**fit(runs, cluster), "notice_s": args.notice}
-    print(yaml.safe_dump(values, sort_keys=False), end="")
     load = Workload(_SIMULATED_S, _WARM_UP_S, 1, prompt_tokens=args.prompt_tokens, output_tokens=args.output_tokens)
+    values = {**fit(runs, cluster, load), "notice_s": args.notice}
+    print(yaml.safe_dump(values, sort_keys=False), end="")
     print("\n".join(comparison(runs, cluster, values, load)))
     return 0
 
@@ -61,14 +66,15 @@ def read_runs(path: Path) -> list[Run]:
     return runs
 
 
-def fit(runs: Sequence[Run], cluster: SimCluster) -> dict[str, float]:
+def fit(runs: Sequence[Run], cluster: SimCluster, load: Workload) -> dict[str, float]:
     """The constants of constants.yaml, but for notice_s, in its units."""
     alone = sorted((each for each in runs if each["workers"] == 1), key=lambda each: each["streams"])
     first, last = alone[0], alone[-1]
     low, high = first["layer_call"]["tokens_per_call"], last["layer_call"]["tokens_per_call"]
     call_us, call_token_us = _line(low, _beside_us(first), high, _beside_us(last))
-    efficiency = sum(_efficiency(each, cluster) for each in (first, last)) / 2
-    steps = [_step_us(each, cluster, efficiency) for each in (first, last)]
+    efficiencies = _efficiencies(alone, cluster, load)
+    reached = dataclasses.replace(cluster, engine=_slowed(cluster.engine, *efficiencies))
+    steps = [_step_us(each, reached, call_us + call_token_us * each["streams"]) for each in (first, last)]
     step_us, step_request_us = _line(first["streams"], steps[0], last["streams"], steps[1])
     return {
         "call_us": round(call_us, 1),
@@ -76,7 +82,8 @@ def fit(runs: Sequence[Run], cluster: SimCluster) -> dict[str, float]:
         "step_us": round(step_us, 1),
         "step_request_us": round(step_request_us, 1),
         "message_us": round(_message_us(runs, first), 1),
-        "kernel_efficiency": round(efficiency, 3),
+        "read_efficiency": round(efficiencies[0], 3),
+        "arithmetic_efficiency": round(efficiencies[1], 3),
     }
 
 
@@ -121,18 +128,43 @@ def _beside_us(run: Run) -> float:
     return float(sum(call[key] for key in _FRONT) + call["wait_us"] - call["compute_us"])
 
 
-def _efficiency(run: Run, cluster: SimCluster) -> float:
-    """Roofline time of the experts of one layer, divided by what they took."""
-    model, call = cluster.model, run["layer_call"]
-    roofline_s = expert_seconds(model, cluster.engine.chip, model.num_experts, call["tokens_per_call"])
-    return roofline_s / (float(call["compute_us"]) / 1e6)
+def _efficiencies(runs: Sequence[Run], cluster: SimCluster, load: Workload) -> tuple[float, float]:
+    """What kernels reach of the bandwidth and of the arithmetic rate: the pair that is nearest to all runs."""
+
+    def error(pair: tuple[float, float]) -> float:
+        engine = _slowed(cluster.engine, *pair)
+        return sum(
+            math.log(_compute_us(each["streams"], cluster, engine.chip, load) / each["layer_call"]["compute_us"]) ** 2
+            for each in runs
+        )
+
+    return min(itertools.product(_TRIED, _TRIED), key=error)
 
 
-def _step_us(run: Run, cluster: SimCluster, efficiency: float) -> float:
+def _slowed(engine: EngineLoad, read: float, arithmetic: float) -> EngineLoad:
+    chip = engine.chip
+    slower = Chip(chip.memory_bytes, chip.bandwidth_bytes_s * read, chip.flops * arithmetic)
+    return dataclasses.replace(engine, chip=slower)
+
+
+def _kernel_us(tokens: float, cluster: SimCluster, chip: Chip) -> float:
+    return expert_seconds(cluster.model, chip, cluster.model.num_experts, tokens) * 1e6
+
+
+def _compute_us(streams: int, cluster: SimCluster, chip: Chip, load: Workload) -> float:
+    """Mean of the layer calls of a run with so many streams."""
+    prompts = streams * load.prompt_tokens
+    num_prompt_steps = math.ceil(prompts / cluster.max_num_batched_tokens)
+    num_steps = num_prompt_steps + load.output_tokens - 1
+    prompt_us = num_prompt_steps * _kernel_us(prompts / num_prompt_steps, cluster, chip)
+    return (prompt_us + (load.output_tokens - 1) * _kernel_us(streams, cluster, chip)) / num_steps
+
+
+def _step_us(run: Run, cluster: SimCluster, beside_us: float) -> float:
     """Time between tokens without layer calls and without the engine's own kernels."""
-    calls_us = cluster.model.num_moe_layers * (_beside_us(run) + float(run["layer_call"]["compute_us"]))
-    dense_us = dense_seconds(cluster.model, cluster.engine, run["streams"], 0) / efficiency * 1e6
-    return float(run["itl_ms"]) * 1e3 - calls_us - dense_us
+    call_us = beside_us + _kernel_us(run["streams"], cluster, cluster.engine.chip)
+    dense_us = dense_seconds(cluster.model, cluster.engine, run["streams"], 0) * 1e6
+    return float(run["itl_ms"]) * 1e3 - cluster.model.num_moe_layers * call_us - dense_us
 
 
 def _message_us(runs: Sequence[Run], first: Run) -> float:

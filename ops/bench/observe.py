@@ -1,10 +1,10 @@
 """`switchyard bench observe`: what observing costs, as throughput with everything on divided by throughput with it off.
 
 Two clusters of the same model run side by side, one with metrics and spans of a hundredth of its requests, and one with
-neither, and take turns in an order that alternates. A turn is as long as `switchyard observe` takes from scrape to
-scrape; in each of its turns the first cluster is scraped once, and somebody watches its console. Ratios are taken
-within a pair of turns, so that load from outside moves both. The first pairs are not counted: caches fill, and Serve
-comes to rest.
+neither. They take turns of some seconds, in an order that alternates; in each of its turns somebody watches the first
+one's console. A round has as many turns as fill the time that `switchyard observe` takes from scrape to scrape, and the
+first cluster is scraped once in it. Ratios are taken within a round, so that load from outside moves both. The first
+rounds are not counted: caches fill, and Serve comes to rest.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import tempfile
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +36,31 @@ from ops.runs import Run
 SIDES = ("on", "off")
 _START_LIMIT_S = 600.0
 _SCRAPE_LIMIT_S = 10.0
-_UNCOUNTED_PAIRS = 3
+_UNCOUNTED_ROUNDS = 2
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One side's turn: tokens per second, CPU milliseconds that its processes took for a token, and how long it was."""
+    """One side's turn, or all of its turns in a round: tokens, CPU seconds that its processes took, how long it was."""
 
-    throughput: float
-    cpu_ms_per_token: float
+    num_tokens: int
+    cpu_s: float
     seconds: float
+
+    @property
+    def throughput(self) -> float:
+        """Tokens per second."""
+        return self.num_tokens / self.seconds
+
+    @property
+    def cpu_ms_per_token(self) -> float:
+        return self.cpu_s / self.num_tokens * 1000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `switchyard bench observe`."""
     parser.add_argument("--model", default="demo", metavar="DIR", help="checkpoint (default: the demo model)")
-    parser.add_argument("--pairs", type=int, default=10, metavar="N", help="turns of each side (default 10)")
+    parser.add_argument("--rounds", type=int, default=10, metavar="N", help="so many are measured (default 10)")
     parser.add_argument("--streams", type=int, default=8, metavar="N", help="requests at the same time (default 8)")
     parser.add_argument("--output-tokens", type=int, default=64, metavar="N", help="tokens per answer (default 64)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -61,8 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure and print. Raises ConfigError for options below 1, ServerFailed, LoadError."""
     from deployments.models import resolve_model
 
-    if min(arguments.pairs, arguments.streams) < 1 or arguments.output_tokens < 2:
-        raise ConfigError("--pairs and --streams: must be 1 or more, and --output-tokens 2 or more.")
+    if min(arguments.rounds, arguments.streams) < 1 or arguments.output_tokens < 2:
+        raise ConfigError("--rounds and --streams: must be 1 or more, and --output-tokens 2 or more.")
     model = resolve_model(arguments.model)
     workload = Workload(sides.vocabulary_size(model), output_tokens=arguments.output_tokens)
     with contextlib.ExitStack() as stack:
@@ -74,16 +83,16 @@ def run(arguments: argparse.Namespace) -> int:
         for server in servers.values():
             warm_up = replace(workload, output_tokens=WARM_UP_TOKENS)
             run_level(server.base_url, server.model, warm_up, arguments.streams, arguments.streams)
-        answers = arguments.streams
-        # Serve's controller and the caches are not yet at rest: these pairs only say how long a turn is.
-        for number in range(_UNCOUNTED_PAIRS):
-            turns = _pair("not counted", number, servers, workload, arguments.streams, answers)
-            answers = arguments.streams * math.ceil(answers / arguments.streams * SCRAPE_EVERY_S / turns["off"].seconds)
-        pairs = [
-            _pair(f"pair {number}", number, servers, workload, arguments.streams, answers)
-            for number in range(1, arguments.pairs + 1)
+        turns = 1
+        # Serve's controller and the caches are not yet at rest: these rounds only say how long a turn is.
+        for number in range(_UNCOUNTED_ROUNDS):
+            found = _round("not counted", number, turns, servers, workload, arguments.streams)
+            turns = math.ceil(turns * SCRAPE_EVERY_S / found["off"].seconds)
+        rounds = [
+            _round(f"round {number}", number, turns, servers, workload, arguments.streams)
+            for number in range(1, arguments.rounds + 1)
         ]
-    result = summary(pairs)
+    result = summary(rounds)
     print(json.dumps(result) if arguments.json else "\n".join(table(result)))
     return 0
 
@@ -110,32 +119,33 @@ def _started(side: str, model: str, streams: int, logs: Path, collector: str) ->
         yield server
 
 
-def _pair(
-    name: str, number: int, servers: Mapping[str, Server], workload: Workload, streams: int, answers: int
+def _round(
+    name: str, number: int, num_turns: int, servers: Mapping[str, Server], workload: Workload, streams: int
 ) -> dict[str, Turn]:
-    order = SIDES if number % 2 == 0 else SIDES[::-1]
-    mine = replace(workload, seed=number)
-    turns = {side: _turn(servers[side], mine, streams, answers, side == "on") for side in order}
-    on, off = turns["on"], turns["off"]
+    turns: dict[str, list[Turn]] = {side: [] for side in SIDES}
+    for turn in range(num_turns):
+        mine = replace(workload, seed=number * num_turns + turn)
+        for side in SIDES if (number + turn) % 2 == 0 else SIDES[::-1]:
+            with contextlib.ExitStack() as observers:
+                if side == "on":
+                    observers.enter_context(_watched(run_of(servers[side])))
+                    if turn == num_turns // 2:
+                        observers.enter_context(_scraped(servers[side].base_url + "/metrics"))
+                turns[side].append(_turn(servers[side], mine, streams))
+    on, off = (_together(turns[side]) for side in SIDES)
     ratio = on.throughput / off.throughput
-    say(f"{name}: on {on.throughput:.1f}, off {off.throughput:.1f} tokens/s: {ratio:.3f} ({off.seconds:.0f} s)")
-    return turns
+    say(f"{name}: on {on.throughput:.1f}, off {off.throughput:.1f} tokens/s: {ratio:.3f} ({off.seconds:.0f} s each)")
+    return {"on": on, "off": off}
 
 
-def _turn(server: Server, workload: Workload, streams: int, answers: int, is_observed: bool) -> Turn:
-    with _observed(server) if is_observed else contextlib.nullcontext():
-        cpu_s = server.cpu_s()
-        level = run_level(server.base_url, server.model, workload, streams, answers)
-        cpu_s = server.cpu_s() - cpu_s
-    num_tokens = sum(trace.num_tokens for trace in level.traces)
-    return Turn(num_tokens / level.duration_s, cpu_s / num_tokens * 1000, level.duration_s)
+def _turn(server: Server, workload: Workload, streams: int) -> Turn:
+    cpu_s = server.cpu_s()
+    level = run_level(server.base_url, server.model, workload, streams, streams)
+    return Turn(sum(trace.num_tokens for trace in level.traces), server.cpu_s() - cpu_s, level.duration_s)
 
 
-@contextlib.contextmanager
-def _observed(server: Server) -> Iterator[None]:
-    """Meanwhile Prometheus scrapes it, and a console is open."""
-    with _scraped(server.base_url + "/metrics"), _watched(run_of(server)):
-        yield
+def _together(turns: Sequence[Turn]) -> Turn:
+    return Turn(*(sum(getattr(turn, field.name) for turn in turns) for field in fields(Turn)))
 
 
 def _watched(run: Run) -> contextlib.AbstractContextManager[None]:
@@ -171,14 +181,11 @@ def _collector() -> Iterator[str]:
 
 
 def _scraped(url: str) -> contextlib.AbstractContextManager[None]:
-    """Meanwhile somebody scrapes every SCRAPE_EVERY_S, the first time after half of that."""
+    """Meanwhile somebody scrapes, once."""
 
-    def scrape(done: threading.Event) -> None:
-        pause_s = SCRAPE_EVERY_S / 2
-        while not done.wait(pause_s):
-            with urllib.request.urlopen(url, timeout=_SCRAPE_LIMIT_S) as response:
-                response.read()
-            pause_s = SCRAPE_EVERY_S
+    def scrape(_: threading.Event) -> None:
+        with urllib.request.urlopen(url, timeout=_SCRAPE_LIMIT_S) as response:
+            response.read()
 
     return _meanwhile(scrape)
 
@@ -196,19 +203,19 @@ def _meanwhile(work: Callable[[threading.Event], None]) -> Iterator[None]:
         thread.join(_SCRAPE_LIMIT_S)
 
 
-def summary(pairs: Sequence[Mapping[str, Turn]]) -> dict[str, Any]:
-    """Medians over the pairs, and of the ratio the quartiles too."""
-    ratios = sorted(pair["on"].throughput / pair["off"].throughput for pair in pairs)
-    cpu_ratios = [pair["off"].cpu_ms_per_token / pair["on"].cpu_ms_per_token for pair in pairs]
+def summary(rounds: Sequence[Mapping[str, Turn]]) -> dict[str, Any]:
+    """Medians over the rounds, and of the ratio the quartiles too."""
+    ratios = sorted(each["on"].throughput / each["off"].throughput for each in rounds)
+    cpu_ratios = [each["off"].cpu_ms_per_token / each["on"].cpu_ms_per_token for each in rounds]
     quartiles = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     return {
-        "pairs": len(pairs),
+        "rounds": len(rounds),
         "ratio": statistics.median(ratios),
         "ratio_quartiles": [quartiles[0], quartiles[2]],
         "cpu_ratio": statistics.median(cpu_ratios),
         **{
             side: {
-                name: statistics.median(getattr(pair[side], name) for pair in pairs)
+                name: statistics.median(getattr(each[side], name) for each in rounds)
                 for name in ("throughput", "cpu_ms_per_token")
             }
             for side in SIDES
@@ -223,6 +230,6 @@ def table(result: Mapping[str, Any]) -> list[str]:
     lines += [f"{s:<8}{result[s]['throughput']:>10.1f}{result[s]['cpu_ms_per_token']:>14.2f}" for s in SIDES]
     return [
         *lines,
-        f"throughput, on / off: {result['ratio']:.3f} (quartiles {low:.3f} to {high:.3f}, {result['pairs']} pairs)",
+        f"throughput, on / off: {result['ratio']:.3f} (quartiles {low:.3f} to {high:.3f}, {result['rounds']} rounds)",
         f"CPU time per token, off / on: {result['cpu_ratio']:.3f}",
     ]

@@ -1,7 +1,7 @@
 """A cluster of several hosts, brought up by `switchyard up` and `switchyard join`, that loses hosts while it answers.
 
 The hosts are namespaces of this computer (tests/hosts.py): that needs root, and without it these tests are skipped and
-say so at the end of the run. They run on demand only: make test PYTEST_ARGS="-m hosts"
+say so at the end of the run.
 """
 
 import json
@@ -119,7 +119,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         wait_until(lambda: "ready: " in cluster.head.said("up.log"), "the model is served", 400)
         yield cluster
         for name in (*JOINING, HEAD):
-            hosts[name].ask("down")
+            if hosts[name].is_up:
+                hosts[name].ask("down")
 
 
 def ask_on_head(cluster: Cluster) -> Answer:

@@ -21,7 +21,7 @@ from ops.cli import main
 CHIP = Chip(10**12, 1e9, math.inf)
 MODEL = ModelFacts("m", "bf16", 2, 4, 2, 64, 4, 4, expert_bytes=10**6, expert_params=1, dense_bytes=0, dense_params=0,
                    kv_bytes_per_token=0)  # fmt: skip
-FREE = Costs(CallCost(0.0, 0.0), 0.0, 0.0, 0.0, 1.0, 0.5)
+FREE = Costs(CallCost(0.0, 0.0), 0.0, 0.0, 0.0, 1.0, 1.0, 0.5)
 LOAD = Workload(duration_s=2.0, streams=1, prompt_tokens=1, output_tokens=50)
 
 
@@ -49,7 +49,7 @@ def test_a_step_takes_what_its_parts_take():
     costs = dataclasses.replace(FREE, call=CallCost(1e-3, 1e-3), step_s=5e-3, step_request_s=1e-3)
     slower = simulate(cluster(), LOAD, costs)
     assert slower.itl_mean_s - alone.itl_mean_s == pytest.approx(2 * 2e-3 + 6e-3, rel=0.05)
-    halved = simulate(cluster(), LOAD, dataclasses.replace(FREE, kernel_efficiency=0.5))
+    halved = simulate(cluster(), LOAD, dataclasses.replace(FREE, read_efficiency=0.5))
     assert halved.itl_mean_s == pytest.approx(2 * alone.itl_mean_s, rel=0.05)
 
 
