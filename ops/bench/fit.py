@@ -1,9 +1,9 @@
 """`switchyard bench fit`: the constants of plans and simulations from what `switchyard bench workers` has measured, and
-how far simulations with them are from the measurements that they were not made from.
+how far simulations with them are from the measurements.
 
 Fitted are the runs with one worker: the rates that their kernels reach to all of them, the rest to those at the fewest
-and at the most streams. All streams of a run begin at once, so its steps are those of their prompts, and then as many as
-an answer has further tokens, with one token of every stream.
+and at the most streams. All streams of a run begin at once, so its steps are those of their prompts, and then as many
+as an answer has further tokens, with one token of every stream.
 """
 
 import argparse
