@@ -36,6 +36,18 @@ def _silent(_text: str) -> None:
     pass
 
 
+def router_handle(app_name: str) -> Any:
+    """The expert router's handle for the process that owns Ray. Raises what Serve raises while there is no router.
+
+    Not by gRPC, as replicas call one another (ops/node_environment.py): its threads would outlive Ray in this process.
+    """
+    from ray import serve
+
+    from deployments.app import ROUTER_NAME
+
+    return serve.get_deployment_handle(ROUTER_NAME, app_name).options(_by_reference=True)
+
+
 class Control:
     """Of one application. Methods block; ConfigError is the caller's mistake, SwitchyardError the cluster's."""
 
@@ -156,12 +168,7 @@ class Control:
     # -- inside ---------------------------------------------------------------------------------------------------
 
     def _router(self, method: str, *args: Any) -> Any:
-        from ray import serve
-
-        from deployments.app import ROUTER_NAME
-
-        handle = serve.get_deployment_handle(ROUTER_NAME, self._app)
-        return getattr(handle, method).remote(*args).result(timeout_s=_CALL_TIMEOUT_S)
+        return getattr(router_handle(self._app), method).remote(*args).result(timeout_s=_CALL_TIMEOUT_S)
 
     def _shard_of(self, worker: str) -> dict[str, Any]:
         for shard in self.status()["shards"]:

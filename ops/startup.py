@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cluster.layout import num_workers
+from deployments.control import router_handle
 from ops.serve_config import ServeConfig
 
 _POLL_S = 0.5
@@ -90,14 +91,9 @@ class Startup:
         )
 
     def _reported(self) -> dict[str, str]:
-        from ray import serve
-
-        from deployments.app import ROUTER_NAME
-
         # The router is the first to come up; before it there is nothing to report.
         try:
-            handle = serve.get_deployment_handle(ROUTER_NAME, self._config.app_name)
-            status = handle.status.remote().result(timeout_s=_STATUS_TIMEOUT_S)
+            status = router_handle(self._config.app_name).status.remote().result(timeout_s=_STATUS_TIMEOUT_S)
         except Exception:
             return {}
         return dict(status["progress"])

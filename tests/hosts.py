@@ -85,7 +85,7 @@ class Host:
         self.name, self.folder = name, folder
         self.address = f"{_NETWORK}.{number}"
         self._switch, self._port = switch, f"port{number}"
-        setup = f"mount --bind {folder} /tmp; mount -t tmpfs none /dev/shm; hostname {name}; ip link set lo up;"
+        setup = f"{_own_tmp(folder)} mount -t tmpfs none /dev/shm; hostname {name}; ip link set lo up;"
         self._space = _Space("uts", "mount", "pid", "net", "mount-proc", script=setup)
         switch.do(
             "ip", "link", "add", self._port, "type", "veth", "peer", "name", "eth0", "netns", str(self._space.pid)
@@ -152,6 +152,15 @@ class Host:
         self._space.end()
         for process in self._running:
             process.wait()
+
+
+def _own_tmp(folder: Path) -> str:
+    """Mounts a folder over /tmp; this checkout stays where it is, even if that is below /tmp."""
+    commands = f"mount --rbind {folder} /tmp;"
+    if ROOT.is_relative_to("/tmp"):
+        place = folder / ROOT.relative_to("/tmp")
+        commands = f"mkdir -p {place}; mount --bind {ROOT} {place}; {commands}"
+    return commands
 
 
 @contextlib.contextmanager
