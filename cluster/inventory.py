@@ -39,6 +39,10 @@ class Chip:
     flops: float
     """bf16 operations a second, dense, accumulated in float32."""
 
+    def reaching(self, read: float, arithmetic: float) -> Chip:
+        """With these shares of its bandwidth and of its arithmetic rate."""
+        return Chip(self.memory_bytes, self.bandwidth_bytes_s * read, self.flops * arithmetic)
+
 
 @dataclass(frozen=True)
 class Node:

@@ -52,11 +52,7 @@ class Costs:
 
     def reached(self, chip: Chip) -> Chip:
         """The chip with the rates that kernels reach."""
-        return replace(
-            chip,
-            bandwidth_bytes_s=chip.bandwidth_bytes_s * self.read_efficiency,
-            flops=chip.flops * self.arithmetic_efficiency,
-        )
+        return chip.reaching(self.read_efficiency, self.arithmetic_efficiency)
 
 
 @dataclass(frozen=True)

@@ -177,15 +177,23 @@ INLINE floats_avx512 int4_avx512(const uint8_t *row, float scale) /* see int4_av
 #pragma GCC pop_options
 #endif
 
-static void run(work_fn work, struct call *c, int num_threads)
-{
-    c->next = 0;
-    run_in_team(work, c, num_threads);
-}
-
 struct kernels {
-    work_fn gate_and_up, down;
+    work_fn prepare, multiply; /* prepare: before it, or 0 */
 };
+
+struct both_kernels {
+    struct kernels gate_and_up, down;
+};
+
+static void run(struct kernels kernels, struct call *c, int num_threads)
+{
+    if (kernels.prepare) {
+        c->next = 0;
+        run_in_team(kernels.prepare, c, num_threads);
+    }
+    c->next = 0;
+    run_in_team(kernels.multiply, c, num_threads);
+}
 
 static int has_avx2(void)
 {
@@ -196,39 +204,22 @@ static int has_avx2(void)
 #endif
 }
 
-static struct kernels choose(void)
+static struct both_kernels choose(const struct layer *l)
 {
+    struct both_kernels chosen = {{0, all_gate_and_up_plain}, {0, all_down_plain}};
 #ifdef __x86_64__
     if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
-        return (struct kernels){all_gate_and_up_avx512, all_down_avx512};
-    if (has_avx2())
-        return (struct kernels){all_gate_and_up_avx2, all_down_avx2};
+        chosen = (struct both_kernels){{0, all_gate_and_up_avx512}, {0, all_down_avx512}};
+    else if (has_avx2())
+        chosen = (struct both_kernels){{0, all_gate_and_up_avx2}, {0, all_down_avx2}};
+    if (l->w13.block)
+        chosen.gate_and_up = (struct kernels){shorten_x, all_gate_and_up_shorts};
+    if (l->w2.block)
+        chosen.down = (struct kernels){shorten_inner, all_down_shorts};
+#else
+    (void)l;
 #endif
-    return (struct kernels){all_gate_and_up_plain, all_down_plain};
-}
-
-static void gate_and_up(struct call *c, int num_threads)
-{
-    work_fn work = choose().gate_and_up;
-#ifdef __x86_64__
-    if (c->layer->w13.block) {
-        run(shorten_x, c, num_threads);
-        work = all_gate_and_up_shorts;
-    }
-#endif
-    run(work, c, num_threads);
-}
-
-static void down(struct call *c, int num_threads)
-{
-    work_fn work = choose().down;
-#ifdef __x86_64__
-    if (c->layer->w2.block) {
-        run(shorten_inner, c, num_threads);
-        work = all_down_shorts;
-    }
-#endif
-    run(work, c, num_threads);
+    return chosen;
 }
 
 /* Whether stacks may have blocks on this processor. */
@@ -297,8 +288,9 @@ void switchyard_integer_experts(const struct layer *l, const void *x, const floa
         c.x.numbers[i] = is_bfloat16 ? from_bfloat16(((const uint16_t *)x)[i]) : ((const float *)x)[i];
     memset(c.sum_TD, 0, (size_t)size * sizeof *c.sum_TD);
     sort_pairs(ids_TK, tokens * top_k, l->num_experts, c.pairs_P, c.first);
-    gate_and_up(&c, num_threads);
-    down(&c, num_threads);
+    const struct both_kernels kernels = choose(l);
+    run(kernels.gate_and_up, &c, num_threads);
+    run(kernels.down, &c, num_threads);
     for (int64_t i = 0; i < size; i++) {
         if (!is_bfloat16) {
             ((float *)out)[i] = c.sum_TD[i];

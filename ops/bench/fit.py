@@ -20,7 +20,7 @@ import yaml
 from cluster.errors import ConfigError
 from cluster.inventory import Chip
 from cluster.placement import partition
-from cluster.roofline import EngineLoad, dense_seconds, expert_seconds
+from cluster.roofline import dense_seconds, expert_seconds
 from cluster.simulation import SimCluster, SimShard, simulate
 from cluster.workload import Workload
 from ops.bench.constants import costs_of
@@ -73,7 +73,8 @@ def fit(runs: Sequence[Run], cluster: SimCluster, load: Workload) -> dict[str, f
     low, high = first["layer_call"]["tokens_per_call"], last["layer_call"]["tokens_per_call"]
     call_us, call_token_us = _line(low, _beside_us(first), high, _beside_us(last))
     efficiencies = _efficiencies(alone, cluster, load)
-    reached = dataclasses.replace(cluster, engine=_slowed(cluster.engine, *efficiencies))
+    engine = dataclasses.replace(cluster.engine, chip=cluster.engine.chip.reaching(*efficiencies))
+    reached = dataclasses.replace(cluster, engine=engine)
     steps = [_step_us(each, reached, call_us + call_token_us * each["streams"]) for each in (first, last)]
     step_us, step_request_us = _line(first["streams"], steps[0], last["streams"], steps[1])
     return {
@@ -132,19 +133,13 @@ def _efficiencies(runs: Sequence[Run], cluster: SimCluster, load: Workload) -> t
     """What kernels reach of the bandwidth and of the arithmetic rate: the pair that is nearest to all runs."""
 
     def error(pair: tuple[float, float]) -> float:
-        engine = _slowed(cluster.engine, *pair)
+        chip = cluster.engine.chip.reaching(*pair)
         return sum(
-            math.log(_compute_us(each["streams"], cluster, engine.chip, load) / each["layer_call"]["compute_us"]) ** 2
+            math.log(_compute_us(each["streams"], cluster, chip, load) / each["layer_call"]["compute_us"]) ** 2
             for each in runs
         )
 
     return min(itertools.product(_TRIED, _TRIED), key=error)
-
-
-def _slowed(engine: EngineLoad, read: float, arithmetic: float) -> EngineLoad:
-    chip = engine.chip
-    slower = Chip(chip.memory_bytes, chip.bandwidth_bytes_s * read, chip.flops * arithmetic)
-    return dataclasses.replace(engine, chip=slower)
 
 
 def _kernel_us(tokens: float, cluster: SimCluster, chip: Chip) -> float:
