@@ -55,7 +55,7 @@ class WorkerSettings:
     threads: int | None = _number(None, least=1)
     """Threads of its kernels. None: this host's cores divided by `workers`, at least 1."""
     num_gpus: float | None = _number(None, least=0)
-    """GPUs reserved for each worker (Ray's num_gpus). None: 1 where PyTorch sees a GPU, else 0."""
+    """GPUs reserved for each worker (Ray's num_gpus); 0: host memory. None: 1 where PyTorch sees a GPU, else 0."""
     host: str = "auto"
     """Address its TCP port binds to. auto: its machine's in the Ray cluster, loopback under `switchyard serve`."""
     tls: str = "auto"

@@ -57,6 +57,19 @@ def num_workers(settings: Settings) -> int:
     return sum(shard.replicas for shard in settings.layout.shards)
 
 
+def reserved_gpus(settings: Settings, by_default: float) -> tuple[float, float]:
+    """Ray's num_gpus of all engines, and of all workers and spares. by_default: of one whose num_gpus is None."""
+
+    def of_one(configured: float | None) -> float:
+        return by_default if configured is None else configured
+
+    worker = of_one(settings.worker.num_gpus)
+    primaries = worker * num_workers(settings)
+    if settings.layout is not None:
+        primaries = sum(shard.replicas * (shard.device == "gpu") for shard in settings.layout.shards)
+    return settings.engines * of_one(settings.engine.num_gpus), primaries + worker * settings.spares
+
+
 def copies(settings: Settings) -> float:
     """How often the primaries hold all experts; a fraction where only some shards have more replicas."""
     if settings.layout is None:

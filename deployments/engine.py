@@ -271,9 +271,10 @@ class EngineReplica:
 def _parse(settings: Settings, remote_experts: bool) -> Any:
     import torch
 
-    size = vllm_app.kv_cache_bytes(settings, psutil.virtual_memory().available, torch.cuda.is_available())
+    on_gpu = torch.cuda.is_available()
+    size = vllm_app.kv_cache_bytes(settings, psutil.virtual_memory().available, on_gpu)
     return vllm_app.parse_arguments(
-        vllm_app.engine_arguments(settings, remote_experts=remote_experts, kv_cache_bytes=size)
+        vllm_app.engine_arguments(settings, remote_experts=remote_experts, kv_cache_bytes=size, on_gpu=on_gpu)
     )
 
 

@@ -23,6 +23,7 @@ from cluster.layout import shards_of
 from cluster.routing import Endpoint, Replica, ReplicaState, Role, Shard
 from deployments.cores import allowed_cores, worker_cores
 from deployments.energy import meter_of
+from deployments.environment import EXACT_FLOAT32
 from deployments.tenure import End, Tenure
 from deployments.worker_process import WorkerProcess
 
@@ -82,7 +83,7 @@ class ExpertWorker:
         self._report("starting")
         self._process = WorkerProcess(self._report)
         try:
-            await self._process.start(_device_environment(settings, shard_id, self._role))
+            await self._process.start(_device_environment())
             self._tenure = await _begin_tenure(
                 self._router, self._process, settings, self._replica_id, shard_id, self._role, self._on_end
             )
@@ -145,8 +146,8 @@ class WarmSpare:
 
     async def _warm_up(self) -> None:
         self._report("importing")
-        await self._process.start({})
-        await self._process.warm(self._settings)
+        await self._process.start(_device_environment())
+        await self._process.warm(self._settings, _in_host_memory())
         await self._introduce(None)
         self._report("ready")
 
@@ -207,7 +208,7 @@ async def _begin_tenure(
     """Have the started process load the shard, and enter it in the routing table."""
     secrets = await router.secrets.remote()
     cores = worker_cores(settings, shard_id, allowed_cores())
-    ready = await process.load(settings, shard_of(settings, shard_id), cores, secrets)
+    ready = await process.load(settings, shard_of(settings, shard_id), cores, secrets, _in_host_memory())
     replica = _replica(replica_id, shard_id, role, process.pid, ready)
     energy = _energy_meter(settings, process.pid)
     tenure = Tenure(router, process, replica, ready, secrets, settings.worker_lost_after_s, on_end, energy)
@@ -215,12 +216,14 @@ async def _begin_tenure(
     return tenure
 
 
-def _device_environment(settings: Settings, shard_id: int, role: Role) -> dict[str, str]:
+def _in_host_memory() -> bool:
+    """Whether this replica has no GPU: a shadow, worker.num_gpus 0, a plan's "cpu", or a machine without any."""
+    return not ray.get_gpu_ids()
+
+
+def _device_environment() -> dict[str, str]:
     """No GPU is seen by what shall live in host memory."""
-    in_host_memory = role is Role.SHADOW
-    if settings.layout is not None:
-        in_host_memory |= settings.layout.shards[shard_id].device == "cpu"
-    return {"CUDA_VISIBLE_DEVICES": ""} if in_host_memory else {}
+    return {"CUDA_VISIBLE_DEVICES": ""} if _in_host_memory() else EXACT_FLOAT32
 
 
 def _has_failed(task: "asyncio.Task[None] | None") -> bool:

@@ -40,8 +40,13 @@ _OWN = {
 }
 
 
-def engine_arguments(settings: Settings, *, remote_experts: bool, kv_cache_bytes: int | None) -> dict[str, Any]:
-    """vLLM's arguments by their Python names. kv_cache_bytes None leaves the KV cache's size to vLLM."""
+def engine_arguments(
+    settings: Settings, *, remote_experts: bool, kv_cache_bytes: int | None, on_gpu: bool
+) -> dict[str, Any]:
+    """vLLM's arguments by their Python names. kv_cache_bytes None leaves the KV cache's size to vLLM.
+
+    Raises ConfigError for arguments of engine.vllm that cannot be.
+    """
     clash = sorted(set(settings.engine.vllm) & set(_OWN))
     if clash:
         raise ConfigError(f"engine.vllm.{clash[0]}: set {_OWN[clash[0]]} instead.")
@@ -69,7 +74,12 @@ def engine_arguments(settings: Settings, *, remote_experts: bool, kv_cache_bytes
         arguments |= engine_args(settings.model)
         arguments["load_format"] = DENSE_LOAD_FORMAT
         arguments["worker_extension_cls"] = "model.remote_experts.LayerCallStats"
-    return {**arguments, **tokenizer_args(settings.model), **engine.vllm}
+    arguments = {**arguments, **tokenizer_args(settings.model), **engine.vllm}
+    if remote_experts and on_gpu and not engine.enforce_eager:
+        from model.cuda_graphs import around_moe_layers
+
+        arguments["compilation_config"] = around_moe_layers(arguments.get("compilation_config", {}))
+    return arguments
 
 
 def parse_arguments(arguments: dict[str, Any]) -> Namespace:

@@ -54,15 +54,18 @@ class WorkerProcess:
             os.close(their_stdin)
             os.close(their_stdout)
 
-    async def warm(self, settings: Settings) -> None:
+    async def warm(self, settings: Settings, in_host_memory: bool) -> None:
         """Have everything imported that loading will need. Raises WorkerFailed."""
-        await self._send({"warm": {"model": settings.model, "dtype": settings.dtype}})
+        model = {"model": settings.model, "dtype": settings.dtype, "in_host_memory": in_host_memory}
+        await self._send({"warm": model})
         await self._receive_until("warm")
 
-    async def load(self, settings: Settings, shard: Shard, cores: Sequence[int], secrets: Secrets) -> dict[str, Any]:
+    async def load(
+        self, settings: Settings, shard: Shard, cores: Sequence[int], secrets: Secrets, in_host_memory: bool
+    ) -> dict[str, Any]:
         """Load a shard and serve it on these cores: {"endpoint", "fingerprint", "memory_bytes", "device"}.
 
-        Raises WorkerFailed.
+        in_host_memory: not on a GPU, even if the process could see one. Raises WorkerFailed.
         """
         await self._send(
             {
@@ -75,6 +78,7 @@ class WorkerProcess:
                 "tcp_host": settings.worker.host,
                 "tls": settings.worker.tls,
                 "fault_injection": settings.worker.fault_injection,
+                "in_host_memory": in_host_memory,
             }
         )
         return await self._receive_until("ready")

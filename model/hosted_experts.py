@@ -10,6 +10,7 @@ Shapes: T tokens, D hidden, K chosen experts per token, P (token, expert) pairs.
 import contextlib
 import copy
 import functools
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -34,12 +35,15 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
+from vllm.v1.worker.workspace import init_workspace_manager, is_workspace_manager_initialized
 
 from cluster.combine import Accumulator
 from cluster.errors import CheckpointError
 from cluster.routing import Shard
+from model import host_experts, integer_experts
 from model.expert_weights import hosted_integers, hosted_weights
-from model.integer_experts import IntegerExperts, can_compute
+from model.host_experts import HostMethod, host_kernel
+from model.integer_experts import IntegerExperts
 from model.moe_spec import MoeSpec, inspect_checkpoint, weight_files
 from model.partial_loading import PartialLoader
 from model.quantised import engine_args
@@ -82,9 +86,17 @@ class _HostedMixin:
     def _get_quant_method(self, prefix, quant_config, moe_config) -> FusedMoEMethodBase:
         assert _hosting is not None, "HostedExperts.load() builds these layers"
         activation = moe_config.activation.value
-        is_plain = not (moe_config.has_bias or self.apply_router_weight_on_input)  # type: ignore[attr-defined]
-        if _hosting.integers and is_plain and can_compute(activation, moe_config.in_dtype):
+        weighs_inputs = self.apply_router_weight_on_input  # type: ignore[attr-defined]
+        is_plain = not (moe_config.has_bias or weighs_inputs)
+        if _hosting.integers and is_plain and integer_experts.can_compute(activation, moe_config.in_dtype):
             return _IntegerMethod(moe_config)
+        if _hosting.device.type == "cpu" and not current_platform.is_cpu():
+            if quant_config is None and not weighs_inputs and host_experts.can_compute(activation):
+                return HostMethod(moe_config)
+            raise CheckpointError(
+                f"{activation if quant_config is None else quant_config.get_name()}: this installation, vLLM's build "
+                "for GPUs, cannot compute such experts in host memory. Give their workers GPUs: worker.num_gpus."
+            )
         return super()._get_quant_method(prefix, quant_config, moe_config)  # type: ignore[misc]
 
     def load_weights(self, weights):
@@ -110,31 +122,45 @@ def import_kernels() -> None:
     current_platform.import_kernels()
 
 
-def warm_up(model: str, dtype: str) -> None:
+def warm_up(model: str, dtype: str, in_host_memory: bool) -> None:
     """Do everything that load() does for any shard of `model`, but for the weights: imports, kernels, vLLM's config.
 
     For a spare, to which each of these seconds is one that requests wait for.
     """
     import_kernels()
-    config = _vllm_config(model, dtype, 1)
+    device = _device(in_host_memory)
     spec = inspect_checkpoint(model, dtype)
+    config = _vllm_config(model, dtype, spec, 1, device)
     with set_current_vllm_config(config), _single_process_groups():
-        _build_on_meta(config, _hosting_of(Shard(0, (0,), 0, 0), spec))
+        _build_on_meta(config, _hosting_of(Shard(0, (0,), 0, 0), spec, device))
 
 
-def _hosting_of(shard: Shard, spec: MoeSpec | None) -> _Hosting:
-    integers = spec is not None and spec.stored is not None and current_platform.is_cpu()
-    return _Hosting(shard, torch.device(current_platform.device_type), integers)
+def _device(in_host_memory: bool) -> torch.device:
+    """Where experts live; what belongs to the device in this process is made ready for them."""
+    if in_host_memory or current_platform.is_cpu():
+        os.environ["VLLM_DISABLE_SHARED_EXPERTS_STREAM"] = "1"  # on a GPU, to vLLM, which this process shall not touch
+        return torch.device("cpu")
+    device = torch.device(current_platform.device_type, 0)
+    current_platform.set_device(device)
+    if not is_workspace_manager_initialized():
+        init_workspace_manager(device)
+    return device
 
 
-def _vllm_config(model: str, dtype: str, max_tokens: int) -> VllmConfig:
+def _hosting_of(shard: Shard, spec: MoeSpec | None, device: torch.device) -> _Hosting:
+    return _Hosting(shard, device, spec is not None and spec.stored is not None and device.type == "cpu")
+
+
+def _vllm_config(model: str, dtype: str, spec: MoeSpec | None, max_tokens: int, device: torch.device) -> VllmConfig:
+    """Of integers that this device has no kernel for, vLLM shall not know: their plain weights are loaded."""
+    as_plain = device.type == "cpu" or (spec is not None and spec.dtype == torch.float32)
     arguments = EngineArgs(
         model=model,
         dtype=dtype,
         enforce_eager=True,
         skip_tokenizer_init=True,
         max_num_batched_tokens=max_tokens,
-        **(engine_args(model) if current_platform.is_cpu() else {}),
+        **(engine_args(model) if as_plain else {}),
     )
     return arguments.create_engine_config()
 
@@ -174,26 +200,41 @@ class HostedExperts:
         self.device = _describe(next((p.device for p in parameters if not p.is_meta), torch.device("cpu")))
         self.memory_bytes = sum(p.nbytes for p in parameters) + sum(e.memory_bytes for e in integers.values())
         self._sum = Accumulator(spec.hidden_size, max_tokens=1)
-        self._integers = {ordinal: experts.ready() for ordinal, experts in integers.items()}
+        # Kernels that know an expert that is elsewhere.
+        self._tolerant = {ordinal: experts.ready() for ordinal, experts in integers.items()} | {
+            ordinal: host_kernel(layer)
+            for ordinal, layer in layers.items()
+            if isinstance(layer.quant_method, HostMethod)
+        }
         self._direct = {ordinal: _direct_kernel(layer) for ordinal, layer in layers.items()}
 
     @classmethod
     def load(
-        cls, model: str, dtype: str, shard: Shard, num_threads: int, max_tokens: int, progress: Progress
+        cls,
+        model: str,
+        dtype: str,
+        shard: Shard,
+        *,
+        num_threads: int,
+        max_tokens: int,
+        progress: Progress,
+        in_host_memory: bool = False,
     ) -> "HostedExperts":
         """Read the shard's experts of checkpoint folder `model` and prepare vLLM's kernels for them.
 
-        num_threads is the kernels' thread count; max_tokens the largest call. Raises CheckpointError when the
-        checkpoint has no such experts, or when vLLM's kernel for it cannot be separated from the gate.
+        num_threads is the kernels' thread count; max_tokens the largest call; in_host_memory leaves this process's GPU,
+        if it has one, alone. Raises CheckpointError when the checkpoint has no such experts, when vLLM's kernel for it
+        cannot be separated from the gate, or when there is none for host memory.
         """
         spec = inspect_checkpoint(model, dtype)
         if spec is None:
             raise CheckpointError(f"{model} has no routed experts: a dense model needs no expert workers")
         import_kernels()
         progress("building the model's skeleton")
-        config = _vllm_config(model, dtype, max_tokens)
+        device = _device(in_host_memory)
+        config = _vllm_config(model, dtype, spec, max_tokens, device)
         with set_current_vllm_config(config), _single_process_groups():
-            skeleton = _build_on_meta(config, _hosting_of(shard, spec))
+            skeleton = _build_on_meta(config, _hosting_of(shard, spec, device))
             progress(f"reading {len(shard.experts)} of {spec.num_experts} experts per layer")
             routed = [module for module in skeleton.modules() if isinstance(module, RoutedExperts)]
             layers = {module.ordinal: module for module in routed if module.is_hosted}
@@ -217,8 +258,8 @@ class HostedExperts:
         lives elsewhere; `complete` says that there is none. Tensors are on the CPU; they are moved when the experts are
         on a GPU. Call it in torch's inference mode.
         """
-        if (integers := self._integers.get(layer)) is not None:
-            integers(out_TD, x_TD, weights_TK, ids_TK)  # it knows -1
+        if (tolerant := self._tolerant.get(layer)) is not None:
+            tolerant(out_TD, x_TD, weights_TK, ids_TK)
         elif complete:
             self._forward(layer, x_TD, weights_TK, ids_TK, out_TD)
         else:

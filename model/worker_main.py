@@ -5,8 +5,9 @@ of a kernel shall end no more than this.
 
 Its replica speaks JSON lines. On stdin, first the order (see Order), then commands; on stdout, reports:
     stdin   {"model", "dtype", "shard": {..}, "secrets": [hex, ..], "cores": [..], "max_tokens", "tcp_host", "tls",
-             "fault_injection"}
-            or first {"warm": {"model", "dtype"}}, for a spare: have everything imported, and wait for the order
+             "fault_injection", "in_host_memory"}
+            or first {"warm": {"model", "dtype", "in_host_memory"}}, for a spare: have everything imported, and wait for
+            the order
             {"command": "stats" | "load" | "metrics" | "drain"} or {"command": "secrets", "accepted": [hex, ..]}
     stdout  {"stage": text}          while loading
             {"warm": {}}             the spare may be given an order
@@ -68,7 +69,7 @@ def _order(report) -> dict[str, Any] | None:
     if "warm" in order:
         from model.hosted_experts import warm_up
 
-        warm_up(order["warm"]["model"], order["warm"]["dtype"])
+        warm_up(**order["warm"])
         report(warm={})
         line = sys.stdin.readline()
         if not line:
@@ -114,6 +115,7 @@ def _load(order: dict[str, Any], progress) -> tuple[Any, dict[str, Any]]:
         num_threads=len(order["cores"]),
         max_tokens=order["max_tokens"],
         progress=progress,
+        in_host_memory=order["in_host_memory"],
     )
     spec = hosted.spec
     secrets = _secrets(order["secrets"])

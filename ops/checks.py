@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from cluster.errors import ConfigError
-from cluster.layout import all_nodes, copies, num_workers
+from cluster.layout import all_nodes, copies, num_workers, reserved_gpus
 from cluster.planner import ENGINE_PROCESS_BYTES, RAY_BYTES, WORKER_PROCESS_BYTES
 
 if TYPE_CHECKING:
@@ -44,6 +44,22 @@ def check_nodes(plan: "Plan", here: str) -> None:
         raise ConfigError(
             f"layout: names {', '.join(others)}, but `switchyard serve` starts this machine ({here}) only. Use "
             "`serve run FILE` on a Ray cluster whose nodes have the label switchyard-node, or plan for this machine."
+        )
+
+
+def check_gpus(plan: "Plan", num_gpus: int | None = None) -> None:
+    """Raises ConfigError when engines and workers reserve more GPUs than this machine has: Ray would wait for ever."""
+    import torch
+
+    available = torch.cuda.device_count() if num_gpus is None else num_gpus
+    engines, workers = reserved_gpus(plan.settings, float(available > 0))
+    if plan.spec is None:
+        workers = 0
+    if engines + workers > available:
+        raise ConfigError(
+            f"not enough GPUs: {available} here, but the engines reserve {engines:g} and the workers {workers:g}. "
+            "worker.num_gpus 0 keeps the experts in host memory; fractions (engine.num_gpus 0.5, worker.num_gpus 0.25) "
+            "let several share a GPU, whose memory engine.vllm.gpu_memory_utilization divides."
         )
 
 

@@ -198,13 +198,14 @@ def _checked_plan(config: ServeConfig, is_alone: bool) -> Any:
     """Everything that can be known to fail, before anything is started. Raises ConfigError."""
     from deployments.app import make_plan
     from deployments.machine import node_name
-    from ops.checks import check_compiler, check_memory, check_nodes
+    from ops.checks import check_compiler, check_gpus, check_memory, check_nodes
 
     plan = make_plan(config.args)
     check_compiler(plan)
     if is_alone:  # else other machines have memory too, and other names
         check_nodes(plan, node_name())
         check_memory(plan)
+        check_gpus(plan)
     return plan
 
 

@@ -95,7 +95,7 @@ def colocated_command(settings: Settings, port: int) -> list[str]:
 
     cache_gib = settings.engine.kv_cache_gib
     cache_bytes = None if cache_gib is None else int(cache_gib * (1 << 30))
-    arguments = engine_arguments(settings, remote_experts=False, kv_cache_bytes=cache_bytes)
+    arguments = engine_arguments(settings, remote_experts=False, kv_cache_bytes=cache_bytes, on_gpu=False)
     return [sys.executable, "-m", VLLM_SERVER, *command_line({**arguments, "host": HOST, "port": port})]
 
 

@@ -11,7 +11,7 @@ import yaml
 from cluster.config import parse_settings, setting_names
 from cluster.errors import ConfigError
 from cluster.tls import make_certificate
-from ops.checks import check_compiler, check_memory
+from ops.checks import check_compiler, check_gpus, check_memory
 from ops.cli import main
 from ops.exposure import checked_pem, with_checked_exposure
 from ops.haproxy import Entry, unavailable_page, write_launcher
@@ -39,6 +39,17 @@ def test_memory_counts_copies_engines_and_processes():
         check_memory(plan(replicas=2), available_bytes=24 * GIB)
     with pytest.raises(ConfigError, match=r"KV cache 20\.0"):
         check_memory(plan(engine={"kv_cache_gib": 20}), available_bytes=24 * GIB)
+
+
+def test_gpus_that_are_not_there_are_missed_before_ray_waits_for_them():
+    check_gpus(plan(workers=2), num_gpus=0)
+    check_gpus(plan(workers=2), num_gpus=3)
+    check_gpus(plan(workers=2, worker={"num_gpus": 0}), num_gpus=1)
+    check_gpus(plan(workers=2, spares=2, engine={"num_gpus": 0}, worker={"num_gpus": 0.25}), num_gpus=1)
+    with pytest.raises(ConfigError, match=r"1 here, but the engines reserve 1 and the workers 2\. worker\.num_gpus 0"):
+        check_gpus(plan(workers=2), num_gpus=1)
+    with pytest.raises(ConfigError, match=r"0 here, but the engines reserve 2"):
+        check_gpus(plan(engines=2, engine={"num_gpus": 1}), num_gpus=0)
 
 
 def test_a_missing_compiler_is_named(monkeypatch):

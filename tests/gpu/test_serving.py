@@ -1,0 +1,49 @@
+"""Whole clusters on one GPU: attention there, experts there or in host memory, tokens equal to the goldens."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import golden
+from tests.e2e.test_goldens_http import PROMPT_LOGPROB_TOLERANCE, by_token, complete
+from tests.e2e.test_goldens_http import folders as folders
+from tests.serving import Serving
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.timeout(600),
+]
+
+
+@pytest.mark.parametrize("enforce_eager", [False, True], ids=["graphs", "eager"])
+@pytest.mark.parametrize("worker_gpus", [0.25, 0], ids=["gpu", "host"])
+@pytest.mark.parametrize("name", ["mixtral-tiny", "grok2-tiny", "grok1-m2", "gptoss-tiny", "qwen3moe-tiny"])
+def test_greedy_tokens_equal_the_goldens(
+    serving: Serving, folders: dict[str, Path], name: str, worker_gpus: float, enforce_eager: bool
+) -> None:
+    serving.deploy(
+        {
+            "model": str(folders[name]),
+            "served_model_name": name,
+            "license": "accepted",
+            "dtype": "float32",
+            "workers": 2,
+            "engine": {
+                "num_gpus": 0.5,
+                "kv_cache_gib": 0.5,
+                "enforce_eager": enforce_eager,
+                "vllm": {"gpu_memory_utilization": 0.3},
+            },
+            "worker": {"num_gpus": worker_gpus},
+        }
+    )
+    devices = [worker["device"] for worker in serving.ask("status")["workers"]]
+    assert len(devices) == 2 and all(("cuda" in device) is (worker_gpus > 0) for device in devices)
+    for case in golden.load(name):
+        choice = complete(serving, name, case)
+        golden.compare_greedy(case, choice["token_ids"])
+        if name.startswith("grok"):
+            found = [by_token(entry) for entry in choice["prompt_logprobs"]]
+            assert golden.prompt_logprob_difference(case, found) < PROMPT_LOGPROB_TOLERANCE
