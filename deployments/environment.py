@@ -7,9 +7,6 @@ from pathlib import Path
 from cluster.config import Settings, TracingSettings
 from deployments.cores import omp_binding
 
-# Triton's kernels multiply float32 as tf32, with ten bits of mantissa, unless told otherwise (triton/language/core.py).
-EXACT_FLOAT32 = {"TRITON_F32_DEFAULT": "ieee"}
-
 
 def cache_folder() -> Path:
     """Compiled kernels and graphs are kept here between starts: SWITCHYARD_CACHE, or .cache/switchyard at home."""
@@ -34,7 +31,6 @@ def engine_environment(settings: Settings, cores: Sequence[int]) -> dict[str, st
     cache = cache_folder()
     return {
         **quiet_environment(),
-        **EXACT_FLOAT32,
         "VLLM_CPU_OMP_THREADS_BIND": omp_binding(cores, ranks),
         "VLLM_CACHE_ROOT": str(cache / "vllm"),
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),

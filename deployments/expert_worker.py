@@ -23,7 +23,6 @@ from cluster.layout import shards_of
 from cluster.routing import Endpoint, Replica, ReplicaState, Role, Shard
 from deployments.cores import allowed_cores, worker_cores
 from deployments.energy import meter_of
-from deployments.environment import EXACT_FLOAT32
 from deployments.tenure import End, Tenure
 from deployments.worker_process import WorkerProcess
 
@@ -223,7 +222,7 @@ def _in_host_memory() -> bool:
 
 def _device_environment() -> dict[str, str]:
     """No GPU is seen by what shall live in host memory."""
-    return {"CUDA_VISIBLE_DEVICES": ""} if _in_host_memory() else EXACT_FLOAT32
+    return {"CUDA_VISIBLE_DEVICES": ""} if _in_host_memory() else {}
 
 
 def _has_failed(task: "asyncio.Task[None] | None") -> bool:

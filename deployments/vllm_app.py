@@ -78,7 +78,7 @@ def engine_arguments(
     if remote_experts and on_gpu and not engine.enforce_eager:
         from model.cuda_graphs import around_moe_layers
 
-        arguments["compilation_config"] = around_moe_layers(arguments.get("compilation_config", {}))
+        arguments["compilation_config"] = around_moe_layers(arguments.get("compilation_config", {}), settings.model)
     return arguments
 
 

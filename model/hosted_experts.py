@@ -40,7 +40,7 @@ from vllm.v1.worker.workspace import init_workspace_manager, is_workspace_manage
 from cluster.combine import Accumulator
 from cluster.errors import CheckpointError
 from cluster.routing import Shard
-from model import host_experts, integer_experts
+from model import exact_float32, host_experts, integer_experts
 from model.expert_weights import hosted_integers, hosted_weights
 from model.host_experts import HostMethod, host_kernel
 from model.integer_experts import IntegerExperts
@@ -140,6 +140,7 @@ def _device(in_host_memory: bool) -> torch.device:
     if in_host_memory or current_platform.is_cpu():
         os.environ["VLLM_DISABLE_SHARED_EXPERTS_STREAM"] = "1"  # on a GPU, to vLLM, which this process shall not touch
         return torch.device("cpu")
+    exact_float32.ask_for()
     device = torch.device(current_platform.device_type, 0)
     current_platform.set_device(device)
     if not is_workspace_manager_initialized():

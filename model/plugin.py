@@ -16,8 +16,9 @@ def register() -> None:
     # Without it the first small request dies with SIGILL on CPUs with AMX (vLLM's CPU kernels assume it was called).
     torch.cpu._init_amx()
 
-    from model import child_process, forked_process, grok, partial_loading
+    from model import child_process, exact_float32, forked_process, grok, partial_loading
 
+    exact_float32.ask_for()
     child_process.end_well()
     forked_process.use_nursery()
     grok.register()

@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
@@ -114,7 +115,15 @@ class LayerCallStats:
         """From now on layer calls of traced requests have spans."""
         global _spans
         runner = self.model_runner  # type: ignore[attr-defined]  # vLLM's worker has it
-        _spans = LayerSpans(lambda: runner.input_batch.req_ids)
+        execute = runner.execute_model
+        in_step: list[str] = []
+
+        def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+            in_step[:] = scheduler_output.num_scheduled_tokens  # vLLM's two runners keep a batch in different places
+            return execute(scheduler_output, *args, **kwargs)
+
+        runner.execute_model = execute_model
+        _spans = LayerSpans(lambda: in_step)
 
     def layer_call_fault(self) -> str:
         """What Dispatcher.check_integrity() finds on this rank; empty when all is well."""

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 
 from model.grok_checkpoint import convert_ckpt0
+from ops.cli import main
 from tests import golden
 from tests.serving import Serving
 
 pytestmark = pytest.mark.timeout(600)
 
 PROMPT_LOGPROB_TOLERANCE = 2e-3
+_PACKED = ("_packed", "_scale", "_shape")
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +125,73 @@ def test_a_dense_model_is_served_without_workers(serving: Serving, tmp_path: Pat
 def by_token(entry: dict[str, Any] | None) -> dict[int, float] | None:
     """One position of vLLM's prompt_logprobs, whose keys are text in JSON."""
     return entry and {int(token): value["logprob"] for token, value in entry.items()}
+
+
+def test_int4_experts_answer_as_their_weights_do_in_transformers(serving: Serving, tmp_path: Path) -> None:
+    """Mixtral converted to int4, against Transformers' Mixtral with the weights that its files stand for."""
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    folder = tmp_path / "mixtral-int4"
+    assert main(["convert", str(golden.GOLDENS / "mixtral-tiny"), str(folder), "--experts", "int4"]) == 0
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    del config["quantization_config"]
+    mixtral = MixtralForCausalLM(MixtralConfig(**config)).eval()
+    missing, unknown = mixtral.load_state_dict(_as_transformers_has_them(_multiplied_out(folder)), strict=False)
+    assert not unknown and not missing
+    serving.deploy(
+        {
+            "model": str(folder),
+            "dtype": "float32",
+            "workers": 2,
+            "engine": {"kv_cache_gib": 0.25, "enforce_eager": True},
+        }
+    )
+    for case in golden.load("mixtral-tiny")[:2]:
+        expected = mixtral.generate(
+            torch.tensor([case.prompt]),
+            max_new_tokens=24,
+            do_sample=False,
+            eos_token_id=None,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        logits_GV = torch.cat(expected.logits).numpy()
+        int4 = golden.Case(case.prompt, np.empty(0), expected.sequences[0, len(case.prompt) :].tolist(), logits_GV)
+        golden.compare_greedy(int4, complete(serving, "mixtral-int4", int4)["token_ids"])
+
+
+def _multiplied_out(folder: Path) -> dict[str, Any]:
+    """Every tensor of a checkpoint, integers of 4 bits as what they stand for; none of our code reads them."""
+    import torch
+    from safetensors.torch import load_file
+
+    stored = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    tensors = {name: tensor.float() for name, tensor in stored.items() if not name.endswith(_PACKED)}
+    for name in [name for name in stored if name.endswith("_packed")]:
+        packed, scales = stored[name].numpy().view(np.uint32), stored[name.replace("_packed", "_scale")].float()
+        nibbles = np.stack([packed >> 4 * place & 15 for place in range(8)], axis=-1).astype(np.int64) - 8
+        integers = torch.from_numpy(nibbles.reshape(len(packed), -1)).float()
+        group = integers.shape[1] // scales.shape[1]
+        tensors[name.removesuffix("_packed")] = integers * scales.repeat_interleave(group, dim=1)
+    return tensors
+
+
+def _as_transformers_has_them(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Transformers 5 stacks experts, gate above up projection; on disk each matrix is by itself."""
+    import torch
+
+    stacked = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    moe = ".block_sparse_moe."
+    for layer in sorted({name.split(moe)[0] for name in tensors if ".experts." in name}):
+        experts = [
+            {w: tensors[f"{layer}{moe}experts.{e}.{w}.weight"] for w in ("w1", "w2", "w3")}
+            for e in range(sum(name.startswith(f"{layer}{moe}experts.") for name in tensors) // 3)
+        ]
+        stacked[f"{layer}.mlp.experts.gate_up_proj"] = torch.stack([torch.cat((e["w1"], e["w3"])) for e in experts])
+        stacked[f"{layer}.mlp.experts.down_proj"] = torch.stack([e["w2"] for e in experts])
+        stacked[f"{layer}.mlp.gate.weight"] = stacked.pop(f"{layer}{moe}gate.weight")
+    return stacked
 
 
 def complete(serving: Serving, model: str, case: golden.Case) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def test_greedy_tokens_equal_the_goldens(
             "worker": {"num_gpus": worker_gpus},
         }
     )
-    devices = [worker["device"] for worker in serving.ask("status")["workers"]]
+    devices = [replica["device"] for replica in serving.ask("status")["replicas"]]
     assert len(devices) == 2 and all(("cuda" in device) is (worker_gpus > 0) for device in devices)
     for case in golden.load(name):
         choice = complete(serving, name, case)
