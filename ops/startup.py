@@ -52,11 +52,11 @@ class Startup:
         """False when `stop` was set first. Raises StartupFailed when a deployment cannot start or time is up."""
         deadline_s = time.monotonic() + self._plan.settings.start_timeout_s
         while not stop.wait(_POLL_S):
-            application = self._application()
-            failure = failure_message(application)
+            found = self._overview()
+            failure = failure_message(found)
             if failure:
                 raise StartupFailed(failure)
-            if str(getattr(application.status, "value", "")) == "RUNNING" and self._answers():
+            if found.app_status.status.value == "RUNNING" and self._answers():
                 return True
             if time.monotonic() > deadline_s:
                 raise StartupFailed(f"not ready after {self._plan.settings.start_timeout_s:.0f} s (start_timeout_s)")
@@ -67,15 +67,15 @@ class Startup:
         """Until `stop` is set, say when the application becomes unhealthy and when it recovers."""
         last = "RUNNING"
         while not stop.wait(_WATCH_EVERY_S):
-            status = str(getattr(self._application().status, "value", "unknown"))
+            status = self._overview().app_status.status.value
             if status != last:
                 self._say(f"the application is {status}")
                 last = status
 
-    def _application(self) -> Any:
-        from ray import serve
+    def _overview(self) -> Any:
+        from deployments.targets import overview
 
-        return serve.status().applications[self._config.app_name]
+        return overview(self._config.app_name)
 
     def _summary(self) -> str:
         """What workers and engines report, in one line."""
@@ -132,14 +132,13 @@ def count_stages(stages: list[str], expected: int) -> str:
     return ", ".join([f"{ready} of {expected} ready", *others, *waiting])
 
 
-def failure_message(application: Any) -> str | None:
-    """Why a deployment failed, in its own last words; None while there is hope."""
-    for name, deployment in application.deployments.items():
-        status = str(getattr(deployment.status, "value", deployment.status))
-        if status in ("DEPLOY_FAILED", "UNHEALTHY") or "failed to start" in deployment.message:
-            return f"{name} did not start: {last_words(deployment.message)}"
-    if str(getattr(application.status, "value", "")) == "DEPLOY_FAILED":
-        return f"the application did not start: {last_words(application.message)}"
+def failure_message(found: Any) -> str | None:
+    """Why a deployment of an overview() failed, in its own last words; None while there is hope."""
+    for deployment in found.deployment_statuses:
+        if deployment.status.value in ("DEPLOY_FAILED", "UNHEALTHY") or "failed to start" in deployment.message:
+            return f"{deployment.name} did not start: {last_words(deployment.message)}"
+    if found.app_status.status.value == "DEPLOY_FAILED":
+        return f"the application did not start: {last_words(found.app_status.message)}"
     return None
 
 

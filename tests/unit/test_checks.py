@@ -211,8 +211,11 @@ def test_progress_and_last_words():
     traceback = "Traceback ..\n  File x\ncluster.errors.CheckpointError: no config.json\n"
     assert last_words(traceback) == "no config.json"
     assert last_words("") == "no reason was given"
-    deployment = SimpleNamespace(status="DEPLOY_FAILED", message=traceback)
-    application = SimpleNamespace(status=SimpleNamespace(value="DEPLOYING"), deployments={"engine": deployment})
-    assert failure_message(application) == "engine did not start: no config.json"
-    deployment.status, deployment.message = "UPDATING", ""
-    assert failure_message(application) is None
+    deployment = SimpleNamespace(name="engine", status=SimpleNamespace(value="DEPLOY_FAILED"), message=traceback)
+    application = SimpleNamespace(status=SimpleNamespace(value="DEPLOYING"), message="")
+    found = SimpleNamespace(app_status=application, deployment_statuses=[deployment])
+    assert failure_message(found) == "engine did not start: no config.json"
+    deployment.status.value, deployment.message = "UPDATING", ""
+    assert failure_message(found) is None
+    application.status.value, application.message = "DEPLOY_FAILED", traceback
+    assert failure_message(found) == "the application did not start: no config.json"
