@@ -55,7 +55,6 @@ class HostMethod(UnquantizedFusedMoEMethod):
 
     def __init__(self, moe: FusedMoEConfig) -> None:
         FusedMoEMethodBase.__init__(self, moe)
-        torch.nn.Module.__init__(self)
         self.unquantized_backend = UnquantizedMoeBackend.TRITON  # the one that pads no sizes
 
     @property

@@ -18,7 +18,10 @@ STREAMS = 4
 
 @dataclass(frozen=True)
 class Answer:
-    """One streamed answer: its text, and the longest pause between two pieces of it."""
+    """One streamed answer: its text, and the longest wait for a piece of it, the first included.
+
+    An engine whose replica gets no core for a while sends what has piled up as one piece, a whole answer even.
+    """
 
     text: str
     longest_gap_s: float
@@ -26,7 +29,7 @@ class Answer:
 
 def ask(serving: Serving, num_tokens: int = NUM_TOKENS) -> Answer:
     """A greedy streamed completion. Raises for anything but a complete answer."""
-    pieces, times_s = [], []
+    pieces, times_s = [], [time.monotonic()]
     with urllib.request.urlopen(completion(serving, num_tokens), timeout=120) as response:
         for line in response:
             if line.startswith(b"data: {"):
