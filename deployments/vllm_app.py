@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 
 from cluster.config import Settings
 from cluster.errors import ConfigError
-from model.nursery_client import TITLE, forks_of
+from model.nursery_client import TITLE, NurseryFailed, forks_of
 from model.quantised import engine_args
 from model.tokenizer_files import tokenizer_args
 
@@ -113,7 +113,10 @@ def engine_processes(replica_pid: int | None = None) -> list[psutil.Process]:
 
 
 def _started_by(parent: psutil.Process, nurseries: Iterable[str]) -> list[psutil.Process]:
-    forks = [pid for name in nurseries for pid in forks_of(name, parent.pid)]
+    forks: list[int] = []
+    for name in nurseries:
+        with contextlib.suppress(NurseryFailed):  # another cluster's: our own has just started what we look for
+            forks += forks_of(name, parent.pid)
     found = []
     for pid in (*(child.pid for child in parent.children()), *forks):
         with contextlib.suppress(psutil.NoSuchProcess):
