@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from model.expert_weights import hosted_weights
+from model.expert_weights import expert_of, hosted_weights, layer_of
 from model.moe_spec import inspect_checkpoint, weight_files
 
 SEED = 7
@@ -52,8 +52,9 @@ def expected(folder: Path, dtype: str, num_tokens: int, experts: range) -> dict[
     matrices = dict(hosted_weights(weight_files(folder), tuple(experts), spec.num_experts))
     for name in [name for name in matrices if name.endswith(".w1.weight")]:
         w1, w2, w3 = (matrices[name.replace(".w1.", f".{w}.")].double() for w in ("w1", "w2", "w3"))
-        parts = name.split(".")
-        layer, expert = int(parts[parts.index("layers") + 1]), experts[int(parts[parts.index("experts") + 1])]
+        local = expert_of(name)
+        assert local is not None
+        layer, expert = layer_of(name), experts[local]
         rows, columns = (ids_TK == expert).nonzero(as_tuple=True)
         x_ND = x_TD[rows].double()
         y_ND = (silu(x_ND @ w1.T) * (x_ND @ w3.T)) @ w2.T

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests import golden
-from tests.e2e.test_goldens_http import PROMPT_LOGPROB_TOLERANCE, by_token, complete
+from tests.e2e.test_goldens_http import check_goldens
 from tests.e2e.test_goldens_http import folders as folders
 from tests.serving import Serving
+from tests.streams import replicas
 
 pytestmark = [
     pytest.mark.gpu,
@@ -39,11 +39,6 @@ def test_greedy_tokens_equal_the_goldens(
             "worker": {"num_gpus": worker_gpus},
         }
     )
-    devices = [replica["device"] for replica in serving.ask("status")["replicas"]]
+    devices = [worker["device"] for shard in (0, 1) for worker in replicas(serving, shard)]
     assert len(devices) == 2 and all(("cuda" in device) is (worker_gpus > 0) for device in devices)
-    for case in golden.load(name):
-        choice = complete(serving, name, case)
-        golden.compare_greedy(case, choice["token_ids"])
-        if name.startswith("grok"):
-            found = [by_token(entry) for entry in choice["prompt_logprobs"]]
-            assert golden.prompt_logprob_difference(case, found) < PROMPT_LOGPROB_TOLERANCE
+    check_goldens(serving, name)
