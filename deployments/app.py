@@ -6,6 +6,7 @@ build_app(args) -> Engine x engines  --handles-->  ExpertRouter  <--  ExpertWork
 """
 
 import dataclasses
+import os
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from deployments.expert_router import ExpertRouter
 from deployments.expert_worker import ExpertWorker, WarmSpare
 from deployments.gatekeeper import Gatekeeper
 from deployments.models import check_licence, resolve_model
+from deployments.nursery import NURSERY, REPLICA_PYTHON
 from deployments.targets import experts_name
 from model.expert_weights import is_expert_tensor
 from model.integer_experts import loaded_bytes_per_stored
@@ -152,6 +154,8 @@ def _deployment(
     """`nodes`: the only ones that it may run on, with an equal number of replicas on each; () leaves it to Ray."""
     # No logical CPUs are reserved: kernels are bound to cores by deployments/cores.py, and two cores are enough.
     actor_options: dict[str, Any] = {"num_cpus": 0, "num_gpus": num_gpus, "resources": dict(resources or {})}
+    if NURSERY in os.environ and not _has_gpu():  # all nodes have one, then: importing vLLM takes a replica ten seconds
+        actor_options["runtime_env"] = {"py_executable": REPLICA_PYTHON}
     if nodes:
         actor_options["label_selector"] = node_selector(nodes)
     return serve.deployment(
@@ -192,6 +196,10 @@ def _scaled(engine: Any, settings: Settings) -> Any:
 def _gpus(configured: float | None) -> float:
     if configured is not None:
         return configured
+    return 1.0 if _has_gpu() else 0.0
+
+
+def _has_gpu() -> bool:
     import torch
 
-    return 1.0 if torch.cuda.is_available() else 0.0
+    return bool(torch.cuda.is_available())

@@ -22,6 +22,10 @@ from deployments.environment import quiet_environment
 from model.nursery_client import NURSERY as NURSERY  # also for who starts a node
 from model.nursery_client import WORKER, Fork, NurseryFailed, ask, connect
 
+PYTHON = "SWITCHYARD_PYTHON"
+"""The variable with the Python of the node."""
+# What replicas are started with in Python's place, by their runtime environment; a shell of the node reads it.
+REPLICA_PYTHON = f'"${PYTHON}" -m model.forked_python'
 _START_LIMIT_S = 180.0
 _TRY_EVERY_S = 0.05
 _LAST_WORDS_S = 1.0

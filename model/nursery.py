@@ -2,16 +2,18 @@
 
 Importing vLLM takes ten seconds of a core, for every process that does it. One such process per node pays them. An
 expert worker is a fork of it, so a worker that was killed has a successor as soon as its experts are loaded; so are
-the processes that an engine starts.
+the processes that an engine starts, and Ray's workers, which are scripts that import the same.
 
 It listens on the abstract Unix socket NAME for processes of the same user, for as long as process PID lives. A
 connection is one fork's life:
-    client    {"work": "worker" or "process", "environment": {..}} with the fork's descriptors: stdin, stdout, stderr,
-              and for a process of multiprocessing those that it inherits (model/forked_process.py)
+    client    {"work": "worker", "process" or "script", "arguments": [..], "environment": {..}} with the fork's
+              descriptors: stdin, stdout, stderr, and for a process of multiprocessing those that it inherits
+              (model/forked_process.py); the arguments are a script's, its path first (model/forked_python.py)
     nursery   {"pid": n} with one descriptor, a pidfd of the fork (pidfd_open(2)); then, when it has ended,
               {"status": n}, as subprocess.Popen.returncode has it
-A client that closes the connection, or dies, has no fork: what is left of it after some seconds is killed. Or it is one
-question: {"forks_of": pid} is answered {"forks": [pid, ..]}, the forks that live and that this process has asked for.
+A client that closes the connection, or dies, has no fork: what is left of it after some seconds is killed. Only a
+script is nobody's, and lives as long as it likes. Or the connection is one question: {"forks_of": pid} is answered
+{"forks": [pid, ..]}, the forks that live and that this process has asked for.
 
 Forking is safe while this process has one thread: it computes nothing, and what its libraries start is counted.
 """
@@ -35,7 +37,7 @@ from typing import Any
 from setproctitle import setproctitle
 
 from cluster.auth import peer
-from model.nursery_client import PROCESS, TITLE, WORKER
+from model.nursery_client import PROCESS, SCRIPT, TITLE, WORKER
 
 _ORPHAN_LIMIT_S = 6.0  # longer than a client waits for its worker to end in peace
 _REQUEST_LIMIT_BYTES = 1 << 20
@@ -53,16 +55,21 @@ _OF_ENGINES = (
     "vllm.v1.worker.cpu_worker",
     "vllm.v1.worker.cpu_model_runner",
     "torch._inductor.compile_fx",
+    "vllm.v1.engine.async_llm",
+    "vllm.entrypoints.launchers.cli_args",
+    "vllm.entrypoints.launchers.api_server.app_state",
+    "vllm.entrypoints.launchers.app",
 )
 
-Work = Callable[[Sequence[int]], int]
-"""What a fork does with the descriptors that it has beside the three standard ones; returns its exit status."""
+Work = Callable[[Sequence[str], Sequence[int]], int]
+"""What a fork does, from its arguments and the descriptors beside the three standard ones; returns its exit status."""
 
 
 @dataclass
 class _Fork:
-    connection: socket.socket
-    client: int
+    connection: socket.socket | None
+    """None of a script, which is nobody's."""
+    client: int | None
     orphaned_at_s: float | None = None
 
 
@@ -78,8 +85,10 @@ def main() -> int:
     listener.listen(64)  # whoever asks meanwhile waits here
     # By it the nursery is found; and it has to know where titles go before a fork's environment changes.
     setproctitle(f"{TITLE}{name}")
-    _import_everything()
-    return Nursery(listener, watched_fd, {WORKER: _be_a_worker, PROCESS: _be_a_process}).run()
+    works: dict[str, Work] = {WORKER: _be_a_worker, PROCESS: _be_a_process}
+    if _import_everything():
+        works[SCRIPT] = _be_a_script
+    return Nursery(listener, watched_fd, works).run()
 
 
 class Nursery:
@@ -132,10 +141,11 @@ class Nursery:
             if "forks_of" in request:
                 self._tell_forks_of(request["forks_of"], connection)
                 return None
-            work, environment = self._works[request["work"]], request["environment"]
+            work, arguments = self._works[request["work"]], request["arguments"]
             if len(descriptors) < _STANDARD:
                 raise ValueError("three descriptors are wanted")
-            is_fork = self._fork(connection, environment, descriptors[:_STANDARD])
+            is_free = request["work"] == SCRIPT
+            is_fork = self._fork(connection, request["environment"], descriptors[:_STANDARD], is_free)
         except (OSError, ValueError, KeyError) as error:
             print(f"nursery: a request was refused: {error}", file=sys.stderr, flush=True)
             connection.close()
@@ -143,14 +153,16 @@ class Nursery:
         finally:
             for each in descriptors[:_STANDARD] if is_fork else descriptors:
                 os.close(each)
-        return functools.partial(work, descriptors[_STANDARD:]) if is_fork else None
+        return functools.partial(work, arguments, descriptors[_STANDARD:]) if is_fork else None
 
     def _tell_forks_of(self, client: int, connection: socket.socket) -> None:
         forks = [pid for pid, fork in self._forks.items() if fork.client == client]
         connection.sendall(json.dumps({"forks": forks}).encode() + b"\n")
         connection.close()
 
-    def _fork(self, connection: socket.socket, environment: dict[str, str], standard: Sequence[int]) -> bool:
+    def _fork(
+        self, connection: socket.socket, environment: dict[str, str], standard: Sequence[int], is_free: bool
+    ) -> bool:
         """Whether this is the fork."""
         if (threads := len(list(Path("/proc/self/task").iterdir()))) != 1:
             print(f"nursery: forking with {threads} threads is not safe", file=sys.stderr, flush=True)
@@ -164,14 +176,16 @@ class Nursery:
             os.environ.update(environment)
             return True
         pidfd = os.pidfd_open(pid)  # it is not reaped before _bury, so this is that process and no other
-        self._forks[pid] = _Fork(connection, client)
-        self._selector.register(connection, selectors.EVENT_READ)
+        self._forks[pid] = _Fork(None, None) if is_free else _Fork(connection, client)
         try:
-            socket.send_fds(connection, [json.dumps({"pid": pid}).encode() + b"\n"], [pidfd])
-        except OSError:
-            self._orphan(connection)
+            with contextlib.suppress(OSError):  # a client that has left is noticed by its connection
+                socket.send_fds(connection, [json.dumps({"pid": pid}).encode() + b"\n"], [pidfd])
         finally:
             os.close(pidfd)
+        if is_free:
+            connection.close()
+        else:
+            self._selector.register(connection, selectors.EVENT_READ)
         return False
 
     def _forget(self, connection: socket.socket) -> None:
@@ -180,13 +194,13 @@ class Nursery:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._selector.close()
         os.close(self._watched_fd)
-        others = (fork.connection for fork in self._forks.values())
+        others = (fork.connection for fork in self._forks.values() if fork.connection is not None)
         for each in (self._listener, self._deaths, self._death_bell, connection, *others):
             each.close()
 
     def _orphan(self, connection: object) -> None:
         for fork in self._forks.values():
-            if fork.connection is connection:
+            if fork.connection is not None and fork.connection is connection:
                 fork.orphaned_at_s = time.monotonic()
                 self._selector.unregister(fork.connection)
 
@@ -199,6 +213,8 @@ class Nursery:
             if pid == 0:
                 return
             fork = self._forks.pop(pid)
+            if fork.connection is None:
+                continue
             if fork.orphaned_at_s is None:
                 self._selector.unregister(fork.connection)
             with contextlib.suppress(OSError):
@@ -212,18 +228,24 @@ class Nursery:
                 os.kill(pid, signal.SIGKILL)
 
 
-def _be_a_worker(_: Sequence[int]) -> int:
+def _be_a_worker(_arguments: Sequence[str], _descriptors: Sequence[int]) -> int:
     from model import worker_main
 
     setproctitle("switchyard: expert worker")
     return worker_main.main()
 
 
-def _be_a_process(descriptors: Sequence[int]) -> int:
+def _be_a_process(_arguments: Sequence[str], descriptors: Sequence[int]) -> int:
     from model import forked_process
 
     setproctitle("switchyard: engine process")
     return forked_process.run(descriptors)
+
+
+def _be_a_script(arguments: Sequence[str], _descriptors: Sequence[int]) -> int:
+    from model import forked_python
+
+    return forked_python.run(arguments)
 
 
 def _receive(connection: socket.socket, descriptors: list[int]) -> dict[str, Any]:
@@ -240,16 +262,24 @@ def _receive(connection: socket.socket, descriptors: list[int]) -> dict[str, Any
     return request
 
 
-def _import_everything() -> None:
-    """What loading experts and serving them will import, but nothing that starts a thread or asks for a device."""
+def _import_everything() -> bool:
+    """What loading experts and serving them will import, but nothing that starts a thread or asks for a device.
+
+    Nor Ray, which reads what sets one of its workers apart from the environment when it is imported; vLLM would.
+    Returns whether engines compute on CPUs here: on GPUs their processes are not forked (model/forked_process.py).
+    """
+    sys.modules["ray"] = None  # type: ignore[assignment]  # so vLLM finds none
     importlib.import_module("cluster.sabotage")
     importlib.import_module("cluster.tls")
     importlib.import_module("model.hosted_experts").import_kernels()
-    if importlib.import_module("vllm.platforms").current_platform.is_cpu():  # as model/forked_process.py has it
+    is_cpu = bool(importlib.import_module("vllm.platforms").current_platform.is_cpu())
+    if is_cpu:
         for name in _OF_ENGINES:
             importlib.import_module(name)
+    del sys.modules["ray"]
     gc.collect()
     gc.freeze()  # the collector would touch, and so copy, pages that forks share
+    return is_cpu
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ TITLE = "switchyard: nursery "
 """What the title of a nursery's process begins with; its name follows."""
 WORKER = "worker"
 PROCESS = "process"
+SCRIPT = "script"
 _ANSWER_LIMIT_S = 180.0  # one that is importing answers when it has
 _LONGEST_ANSWER_BYTES = 1 << 16
 
@@ -46,13 +47,20 @@ def connect(name: str) -> socket.socket | None:
     return connection
 
 
-def ask(connection: socket.socket, work: str, environment: Mapping[str, str], descriptors: Sequence[int]) -> Fork:
+def ask(
+    connection: socket.socket,
+    work: str,
+    environment: Mapping[str, str],
+    descriptors: Sequence[int],
+    arguments: Sequence[str] = (),
+) -> Fork:
     """A fork that does `work`, with its standard streams and whatever else the work wants as descriptors.
 
-    Takes the connection over. Raises NurseryFailed.
+    `arguments` are a script's: its path first. Takes the connection over. Raises NurseryFailed.
     """
     try:
-        message = json.dumps({"work": work, "environment": dict(environment)}).encode() + b"\n"
+        request = {"work": work, "arguments": list(arguments), "environment": dict(environment)}
+        message = json.dumps(request).encode() + b"\n"
         sent = socket.send_fds(connection, [message], descriptors)
         connection.sendall(message[sent:])
         answer, received, _, _ = socket.recv_fds(connection, _LONGEST_ANSWER_BYTES, 1)

@@ -4,12 +4,13 @@ import getpass
 import os
 import secrets
 import stat
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from cluster.errors import ConfigError
 from deployments.environment import cache_folder
-from deployments.nursery import NURSERY
+from deployments.nursery import NURSERY, PYTHON
 
 RAY_PORT = 6379
 # Where engines listen for haproxy, on every machine of a cluster. Below the range from which Linux takes ports for
@@ -65,6 +66,7 @@ def node_environment(token: Path, temporary: Path, engine_ports: tuple[int, int]
     """Variables for every node of the cluster; `temporary` is made by make_temporary(), `nursery` is its name."""
     return {
         NURSERY: nursery,
+        PYTHON: sys.executable,
         "TMPDIR": str(temporary),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),

@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
@@ -16,27 +15,16 @@ import pytest
 from deployments.nursery import nursery_name
 from model.forked_process import NurseryContext
 from model.nursery_client import NURSERY, forks_of
+from tests.nurseries import small_nursery
 
 pytestmark = pytest.mark.timeout(60)
-
-_ROOT = Path(__file__).parents[2]
-_NURSERY = """
-import os
-from model import nursery
-nursery._import_everything = lambda: print("ready", flush=True)
-os._exit(nursery.main())
-"""
 
 
 @pytest.fixture(scope="module")
 def nursery() -> Iterator[str]:
     """Its name."""
-    name = nursery_name()
-    command = [sys.executable, "-c", _NURSERY, name, str(os.getpid())]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=_ROOT) as process:
-        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    with small_nursery() as (name, _):
         yield name
-        process.kill()
 
 
 @pytest.fixture

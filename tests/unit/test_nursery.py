@@ -1,26 +1,25 @@
 """Workers are forked, watched and cleaned up after; here with a nursery that has nothing to import."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import psutil
 import pytest
 
 from deployments import nursery as client
 from model.nursery_client import NURSERY, NurseryFailed
+from tests.nurseries import small_nursery
 
-_NURSERY = """
-import os, signal, socket, sys
+_SETUP = """
+import signal, socket, sys
 from cluster.auth import Peer
-from model import nursery
 
-def work(others):
+def work(arguments, others):
     # What a worker does: words about itself, then whatever it is told.
     print(os.environ.get("COLOUR"), "HOME" in os.environ, sorted(os.listdir("/proc/self/fd"))[:-1], flush=True)
     for line in sys.stdin:
@@ -34,9 +33,7 @@ def work(others):
 if "STRANGERS" in os.environ:
     nursery.peer = lambda connection: Peer(1, os.getuid() + 1)
 nursery._ORPHAN_LIMIT_S = 0.2
-nursery._import_everything = lambda: print("imported", flush=True)
 nursery._be_a_worker = work
-os._exit(nursery.main())
 """
 
 
@@ -57,13 +54,8 @@ def guardian() -> Iterator[subprocess.Popen[bytes]]:
 
 @pytest.fixture
 def nursery(name: str, guardian: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, "-c", _NURSERY, name, str(guardian.pid)]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, cwd=Path(client.__file__).parents[1]) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"imported\n"
+    with small_nursery(_SETUP, name=name, watched=guardian.pid) as (_, process):
         yield process
-        process.kill()
 
 
 class Forked:
@@ -174,30 +166,17 @@ def test_bad_requests_are_refused_and_harm_nobody(nursery, name):
 
 def test_processes_of_other_users_get_nothing(monkeypatch, name, guardian):
     monkeypatch.setenv("STRANGERS", "1")
-    command = [sys.executable, "-c", _NURSERY, name, str(guardian.pid)]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=pipe, cwd=Path(client.__file__).parents[1]) as process:
-        assert process.stdout is not None and process.stderr is not None
-        assert process.stdout.readline() == b"imported\n"
-        try:
-            with pytest.raises(NurseryFailed):
-                asyncio.run(fork())
-        finally:
-            process.kill()
-        assert b"a process of another user" in process.stderr.read()
+    with small_nursery(_SETUP, name=name, watched=guardian.pid) as (_, process):
+        with pytest.raises(NurseryFailed):
+            asyncio.run(fork())
+        process.kill()
+        assert process.stderr is not None and b"a process of another user" in process.stderr.read()
 
 
 def test_without_a_node_s_nursery_a_replica_starts_its_own(monkeypatch):
     monkeypatch.delenv(NURSERY, raising=False)
-    started: list[str] = []
-
-    def start(name: str) -> subprocess.Popen[bytes]:
-        started.append(name)
-        command = [sys.executable, "-c", _NURSERY, name, str(os.getpid())]
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=Path(client.__file__).parents[1])
-
-    monkeypatch.setattr(client, "start_nursery", start)
     monkeypatch.setattr(client, "_own", None)
+    started: list[str] = []
 
     async def life() -> None:
         for _ in range(2):
@@ -206,11 +185,15 @@ def test_without_a_node_s_nursery_a_replica_starts_its_own(monkeypatch):
             assert await forked.child.wait() == 0
             forked.words.close()
 
-    asyncio.run(life())
+    with contextlib.ExitStack() as ends:
+
+        def start(name: str) -> subprocess.Popen[bytes]:
+            started.append(name)
+            return ends.enter_context(small_nursery(_SETUP, name=name))[1]
+
+        monkeypatch.setattr(client, "start_nursery", start)
+        asyncio.run(life())
     assert len(started) == 1
-    assert client._own is not None
-    client._own[1].kill()
-    client._own[1].wait()
 
 
 def test_one_that_cannot_start_is_told(monkeypatch):
