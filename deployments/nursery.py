@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,9 +26,11 @@ from model.nursery_client import WORKER, Fork, NurseryFailed, ask, connect
 PYTHON = "SWITCHYARD_PYTHON"
 """The variable with the Python of the node."""
 # What replicas are started with in Python's place, by their runtime environment; a shell of the node reads it.
-REPLICA_PYTHON = f'"${PYTHON}" -m model.forked_python'
+REPLICA_PYTHON = f'"${PYTHON}" -m model.forked_python deployments.ray_worker'
 _START_LIMIT_S = 180.0
 _TRY_EVERY_S = 0.05
+_SUCCESSOR_LIMIT_S = 3.0  # in which a node's nursery that has ended has another in its place
+_SHORTEST_LIFE_S = 2.0  # of one after which there is another at once
 _LAST_WORDS_S = 1.0
 
 _own: tuple[str, subprocess.Popen[bytes]] | None = None
@@ -80,17 +83,30 @@ async def fork_worker(environment: Mapping[str, str], stdin: int, stdout: int) -
     return Child(await asyncio.to_thread(fork))
 
 
-def start_nursery(name: str, log: Path | None = None) -> subprocess.Popen[bytes]:
-    """A nursery that listens on `name` for as long as this process lives. It speaks to `log`, else to our stderr."""
-    with contextlib.nullcontext(2) if log is None else log.open("ab") as output:
-        return subprocess.Popen(
-            [sys.executable, "-m", "model.nursery", name, str(os.getpid())],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            env=_environment(),
-            start_new_session=True,  # the starter's signals are not for the workers
-        )
+def keep_nursery(name: str, log: Path, is_stopping: threading.Event) -> None:
+    """A nursery that listens on `name` until `is_stopping`; when one ends (the memory was short), another comes."""
+    output = log.open("ab")
+
+    def keep() -> None:
+        with output:
+            while not is_stopping.is_set():
+                began_s = time.monotonic()
+                start_nursery(name, output.fileno()).wait()
+                is_stopping.wait(_SHORTEST_LIFE_S - (time.monotonic() - began_s))
+
+    threading.Thread(target=keep, name="nursery", daemon=True).start()
+
+
+def start_nursery(name: str, output: int = 2) -> subprocess.Popen[bytes]:
+    """A nursery that listens on `name` for as long as this process lives, and speaks to that descriptor."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "model.nursery", name, str(os.getpid())],
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        env=_environment(),
+        start_new_session=True,  # the starter's signals are not for the workers
+    )
 
 
 def nursery_name() -> str:
@@ -101,9 +117,8 @@ def nursery_name() -> str:
 def _connect() -> socket.socket:
     """Connected to the node's nursery; to one of this process's own where the node has none, or has lost it."""
     global _own
-    for name in filter(None, (os.environ.get(NURSERY), _own[0] if _own else None)):
-        connection = connect(name)
-        if connection is not None:
+    for name, limit_s in ((os.environ.get(NURSERY), _SUCCESSOR_LIMIT_S), (_own and _own[0], 0.0)):
+        if name and (connection := _connect_within(limit_s, name)) is not None:
             return connection
     name = nursery_name()
     _own = (name, start_nursery(name))
@@ -111,6 +126,13 @@ def _connect() -> socket.socket:
     while (connection := connect(name)) is None:
         if _own[1].poll() is not None or time.monotonic() > end_s:
             raise NurseryFailed("the nursery of worker processes did not start; its own words are in this log")
+        time.sleep(_TRY_EVERY_S)
+    return connection
+
+
+def _connect_within(limit_s: float, name: str) -> socket.socket | None:
+    end_s = time.monotonic() + limit_s
+    while (connection := connect(name)) is None and time.monotonic() < end_s:
         time.sleep(_TRY_EVERY_S)
     return connection
 

@@ -1,7 +1,7 @@
-"""`python -m model.forked_python SCRIPT [ARGUMENT ..]`: what `python SCRIPT ..` is, as a fork of the node's nursery.
+"""`python -m model.forked_python MODULE [ARGUMENT ..]`: what `python -m MODULE ..` is, as a fork of the node's nursery.
 
 For whoever starts Pythons by a command, and so can be told another: Ray, whose replicas would import for ten seconds
-and more what the nursery has imported already (model/nursery.py). Without a nursery, or one that forks no scripts, it
+and more what the nursery has imported already (model/nursery.py). Without a nursery, or one that forks no modules, it
 becomes the Python that was asked for. It does not wait for the fork, whose pid is not its own.
 """
 
@@ -21,12 +21,12 @@ def main() -> None:
     name = os.environ.get(nursery_client.NURSERY)
     nursery = nursery_client.connect(name) if name is not None else None
     if nursery is None or not _has_forked(nursery, arguments):
-        os.execv(sys.executable, [sys.executable, *arguments])
+        os.execv(sys.executable, [sys.executable, "-m", *arguments])
 
 
 def _has_forked(nursery: socket.socket, arguments: Sequence[str]) -> bool:
     try:
-        nursery_client.ask(nursery, nursery_client.SCRIPT, os.environ, (0, 1, 2), arguments)
+        nursery_client.ask(nursery, nursery_client.MODULE, os.environ, (0, 1, 2), arguments)
     except nursery_client.NurseryFailed as error:
         print(f"{error}; {arguments[0]} starts without it, and takes longer", file=sys.stderr, flush=True)
         return False
@@ -34,12 +34,12 @@ def _has_forked(nursery: socket.socket, arguments: Sequence[str]) -> bool:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """In the fork: be that script. Returns its exit status."""
+    """In the fork: be that module. Returns its exit status."""
     os.setsid()  # whoever signals its group means nobody else
     sys.argv = list(arguments)
     status = 0
     try:
-        runpy.run_path(arguments[0], run_name="__main__")
+        runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     atexit._run_exitfuncs()

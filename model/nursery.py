@@ -2,17 +2,17 @@
 
 Importing vLLM takes ten seconds of a core, for every process that does it. One such process per node pays them. An
 expert worker is a fork of it, so a worker that was killed has a successor as soon as its experts are loaded; so are
-the processes that an engine starts, and Ray's workers, which are scripts that import the same.
+the processes that an engine starts, and Ray's workers, which are modules that import the same.
 
 It listens on the abstract Unix socket NAME for processes of the same user, for as long as process PID lives. A
 connection is one fork's life:
-    client    {"work": "worker", "process" or "script", "arguments": [..], "environment": {..}} with the fork's
+    client    {"work": "worker", "process" or "module", "arguments": [..], "environment": {..}} with the fork's
               descriptors: stdin, stdout, stderr, and for a process of multiprocessing those that it inherits
-              (model/forked_process.py); the arguments are a script's, its path first (model/forked_python.py)
+              (model/forked_process.py); the arguments are a module's, its name first (model/forked_python.py)
     nursery   {"pid": n} with one descriptor, a pidfd of the fork (pidfd_open(2)); then, when it has ended,
               {"status": n}, as subprocess.Popen.returncode has it
 A client that closes the connection, or dies, has no fork: what is left of it after some seconds is killed. Only a
-script is nobody's, and lives as long as it likes. Or the connection is one question: {"forks_of": pid} is answered
+module is nobody's, and lives as long as it likes. Or the connection is one question: {"forks_of": pid} is answered
 {"forks": [pid, ..]}, the forks that live and that this process has asked for.
 
 Forking is safe while this process has one thread: it computes nothing, and what its libraries start is counted.
@@ -37,7 +37,7 @@ from typing import Any
 from setproctitle import setproctitle
 
 from cluster.auth import peer
-from model.nursery_client import PROCESS, SCRIPT, TITLE, WORKER
+from model.nursery_client import MODULE, PROCESS, TITLE, WORKER
 
 _ORPHAN_LIMIT_S = 6.0  # longer than a client waits for its worker to end in peace
 _REQUEST_LIMIT_BYTES = 1 << 20
@@ -68,7 +68,7 @@ Work = Callable[[Sequence[str], Sequence[int]], int]
 @dataclass
 class _Fork:
     connection: socket.socket | None
-    """None of a script, which is nobody's."""
+    """None of a module, which is nobody's."""
     client: int | None
     orphaned_at_s: float | None = None
 
@@ -87,7 +87,7 @@ def main() -> int:
     setproctitle(f"{TITLE}{name}")
     works: dict[str, Work] = {WORKER: _be_a_worker, PROCESS: _be_a_process}
     if _import_everything():
-        works[SCRIPT] = _be_a_script
+        works[MODULE] = _be_a_module
     return Nursery(listener, watched_fd, works).run()
 
 
@@ -144,7 +144,7 @@ class Nursery:
             work, arguments = self._works[request["work"]], request["arguments"]
             if len(descriptors) < _STANDARD:
                 raise ValueError("three descriptors are wanted")
-            is_free = request["work"] == SCRIPT
+            is_free = request["work"] == MODULE
             is_fork = self._fork(connection, request["environment"], descriptors[:_STANDARD], is_free)
         except (OSError, ValueError, KeyError) as error:
             print(f"nursery: a request was refused: {error}", file=sys.stderr, flush=True)
@@ -242,9 +242,10 @@ def _be_a_process(_arguments: Sequence[str], descriptors: Sequence[int]) -> int:
     return forked_process.run(descriptors)
 
 
-def _be_a_script(arguments: Sequence[str], _descriptors: Sequence[int]) -> int:
+def _be_a_module(arguments: Sequence[str], _descriptors: Sequence[int]) -> int:
     from model import forked_python
 
+    setproctitle(" ".join(["python", "-m", *arguments]))
     return forked_python.run(arguments)
 
 

@@ -15,7 +15,7 @@ TITLE = "switchyard: nursery "
 """What the title of a nursery's process begins with; its name follows."""
 WORKER = "worker"
 PROCESS = "process"
-SCRIPT = "script"
+MODULE = "module"
 _ANSWER_LIMIT_S = 180.0  # one that is importing answers when it has
 _LONGEST_ANSWER_BYTES = 1 << 16
 
@@ -56,7 +56,7 @@ def ask(
 ) -> Fork:
     """A fork that does `work`, with its standard streams and whatever else the work wants as descriptors.
 
-    `arguments` are a script's: its path first. Takes the connection over. Raises NurseryFailed.
+    `arguments` are a module's: its name first. Takes the connection over. Raises NurseryFailed.
     """
     try:
         request = {"work": work, "arguments": list(arguments), "environment": dict(environment)}

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 from cluster.errors import ConfigError
 from cluster.inventory import NODE_LABEL
 from deployments.machine import node_name
-from deployments.nursery import nursery_name, start_nursery
+from deployments.nursery import keep_nursery, nursery_name
 from ops import processes
 from ops.beacon import KEY, Beacon, check_fit, own_beacon
 from ops.node_environment import (
@@ -144,7 +145,8 @@ def ray_command(head: str, address: str, folder: Path, num_gpus: int | None) -> 
 def _stay(command: list[str], log: Path, head: str, nursery: str) -> int:
     processes.adopt_orphans()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # `switchyard down`: as Ctrl-C
-    start_nursery(nursery, log.with_name("nursery.log"))
+    is_stopping = threading.Event()
+    keep_nursery(nursery, log.with_name("nursery.log"), is_stopping)
     with log.open("wb") as output:
         ray = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
     try:
@@ -158,6 +160,7 @@ def _stay(command: list[str], log: Path, head: str, nursery: str) -> int:
         print("leaving", flush=True)
         return 0
     finally:
+        is_stopping.set()
         processes.end_descendants(_STOP_LIMIT_S)
 
 

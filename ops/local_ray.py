@@ -23,7 +23,7 @@ from cluster.addresses import is_loopback
 from cluster.inventory import NODE_LABEL
 from deployments import shared_memory
 from deployments.machine import node_name
-from deployments.nursery import nursery_name, start_nursery
+from deployments.nursery import keep_nursery, nursery_name
 from ops import haproxy, processes
 from ops.beacon import EVERY_S, KEY, own_beacon
 from ops.node_environment import ENGINE_PORTS, RAY_PORT, make_temporary, make_token, node_environment
@@ -89,7 +89,7 @@ class LocalRay:
         entry = haproxy.Entry(http_host, http_port, pem)
         haproxy.write_launcher(self._folder, self._haproxy, entry, self._private_ports)
         processes.adopt_orphans()
-        start_nursery(self._nursery, self._folder / "nursery.log")
+        keep_nursery(self._nursery, self._folder / "nursery.log", self._is_stopping)
         import ray
         from ray import serve
 
@@ -148,6 +148,7 @@ class LocalRay:
 
     def kill(self, names: frozenset[str] = frozenset()) -> None:
         """The last part of stop(), and all of it when there is no time to be graceful."""
+        self._is_stopping.set()
         names |= shared_memory.mapped_by_descendants()
         processes.end_descendants(_KILL_PATIENCE_S)
         shared_memory.remove(names)

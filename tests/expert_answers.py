@@ -5,7 +5,6 @@ HostedExperts owns its process' vLLM state, and tests ask for it with different 
 """
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +16,7 @@ from torch.nn.functional import silu
 
 from model.expert_weights import expert_of, hosted_weights, layer_of
 from model.moe_spec import inspect_checkpoint, weight_files
+from tests.nurseries import run_module
 
 SEED = 7
 
@@ -25,9 +25,8 @@ def answers(folder: Path, scratch: Path, **order: Any) -> dict[str, Any]:
     """{"answers": {layer: [T, D]}, "device", "memory_bytes"} of the experts asked for."""
     asked, answered = scratch / "order.json", scratch / "answer.pt"
     asked.write_text(json.dumps(order))
-    command = [sys.executable, "-m", "tests.expert_answers", str(folder), str(asked), str(answered)]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
+    answered.unlink(missing_ok=True)
+    run_module("tests.expert_answers", folder, asked, answered)
     found: dict[str, Any] = torch.load(answered, weights_only=True)
     return found
 

@@ -4,7 +4,15 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.nurseries import nursery_of_tests
 from tests.serving import Serving
+
+
+@pytest.fixture(scope="package")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """For vLLM in the test's own process, and in scripts."""
+    with nursery_of_tests(tmp_path_factory.mktemp("nursery") / "log"):
+        yield
 
 
 @pytest.fixture(scope="package")

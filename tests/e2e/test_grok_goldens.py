@@ -1,6 +1,6 @@
 """Grok in vLLM (colocated, float32, CPU) against the golden files and an independent reference.
 
-One engine per model; a start takes 20-40 s on two cores.
+One engine per model.
 """
 
 import gc
@@ -158,12 +158,14 @@ def test_reference_equals_goldens(tmp_path: Path) -> None:
             assert np.abs(reference.forward(case.prompt).numpy() - case.logits_TV).max() < LOGPROB_TOLERANCE
 
 
+@pytest.mark.usefixtures("nursery")
 def test_grok1_m2(tmp_path: Path) -> None:
     convert_ckpt0(golden.GOLDENS / "grok1-m2/int8/ckpt-0", tmp_path, config=golden.config("grok1-m2"))
     with engine(tmp_path, max_model_len=256) as llm:  # compiled
         check_goldens(llm, golden.load("grok1-m2"))
 
 
+@pytest.mark.usefixtures("nursery")
 def test_grok2_tiny() -> None:
     """attn_temperature_len is 40: chunks of 48 tokens cross it, and decoding does for the shorter prompts."""
     folder = golden.GOLDENS / "grok2-tiny/unsharded"
@@ -173,12 +175,14 @@ def test_grok2_tiny() -> None:
         check_reference(llm, reference, random_prompts(512, [1, 39, 40, 41, 42, 45, 130, 300], seed=5), 8)
 
 
+@pytest.mark.usefixtures("nursery")
 def test_grok1_of_odd_shape(tmp_path: Path) -> None:
     reference = random_model(tmp_path, GROK1_ODD, seed=11)
     with engine(tmp_path, enforce_eager=True) as llm:
         check_reference(llm, reference, random_prompts(300, [1, 7, 33, 64, 90], seed=1), 8)
 
 
+@pytest.mark.usefixtures("nursery")
 def test_grok2_of_odd_shape(tmp_path: Path) -> None:
     """Far past a temperature length of 17, in chunks of 32 tokens shared by prompts and decoding sequences."""
     reference = random_model(tmp_path, GROK2_ODD, seed=12)

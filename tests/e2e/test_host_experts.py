@@ -10,6 +10,7 @@ from tests import expert_answers
 from tests.golden import GOLDENS
 
 
+@pytest.mark.usefixtures("nursery")
 def test_a_worker_without_a_gpu_computes_plain_experts(tmp_path: Path) -> None:
     folder = GOLDENS / "mixtral-tiny"
     found = expert_answers.answers(
@@ -22,6 +23,7 @@ def test_a_worker_without_a_gpu_computes_plain_experts(tmp_path: Path) -> None:
         torch.testing.assert_close(found["answers"][layer].double(), expected_TD, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("nursery")
 def test_gpt_oss_experts_have_biases_and_their_own_activation_as_in_vllms_kernels(tmp_path: Path) -> None:
     folder = GOLDENS / "gptoss-tiny"
     order = {"dtype": "float32", "experts": (0, 8), "tokens": 9, "in_host_memory": True}

@@ -4,9 +4,6 @@ T tokens, D hidden size, K chosen experts, E experts.
 """
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,8 +11,9 @@ import torch
 
 from cluster.fakes import LocalExperts, ToyExperts
 from cluster.routing import Shard
+from model.plugin import FEED_VARIABLE
+from tests.nurseries import run_module
 
-ROOT = Path(__file__).resolve().parents[2]
 T, D, K, E = 6, 16, 2, 4
 
 
@@ -138,18 +136,10 @@ def test_a_tensor_parallel_rank_dispatches_its_rows_and_leaves_the_others_zero(r
     assert torch.allclose(out_TD, wanted_TD, atol=1e-6)
 
 
+@pytest.mark.usefixtures("nursery")
 @pytest.mark.parametrize("feed", ["", "switchyard-nobody"])
 def test_vllm_is_stock_unless_remote_experts_are_asked_for(feed):
-    script = (
-        "from vllm.plugins import load_general_plugins; load_general_plugins()\n"
-        "from vllm.model_executor.custom_op import op_registry_oot\n"
-        "print('RoutedExperts' in op_registry_oot)"
-    )
-    environment = {name: value for name, value in os.environ.items() if name != "SWITCHYARD_FEED"}
+    environment = {name: value for name, value in os.environ.items() if name != FEED_VARIABLE}
     if feed:
-        environment["SWITCHYARD_FEED"] = feed
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == str(bool(feed))
+        environment[FEED_VARIABLE] = feed
+    assert run_module("tests.replaced_experts", environment=environment).splitlines()[-1] == str(bool(feed))

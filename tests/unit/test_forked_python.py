@@ -1,53 +1,34 @@
-"""A script that a nursery forks is what Python would make of it; without a nursery it is just that."""
+"""A module that a nursery forks is what Python would make of it; without a nursery it is just that."""
 
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import psutil
-import pytest
 
-from deployments.nursery import PYTHON, REPLICA_PYTHON
 from model.nursery_client import NURSERY, forks_of
 from tests.nurseries import ROOT, small_nursery
 
-_SCRIPT = """
-import atexit, json, os, sys
-atexit.register(print, "farewell")
-about = {"name": __name__, "argv": sys.argv, "pid": os.getpid(), "group": os.getpgid(0), "colour": os.environ["COLOUR"]}
-print(json.dumps(about), flush=True)
-print("a word", file=sys.stderr)
-sys.exit(int(sys.stdin.readline()))
-"""
+TOLD = ROOT / "tests/told.py"
 
 
-@pytest.fixture
-def script(tmp_path: Path) -> Path:
-    path = tmp_path / "script.py"
-    path.write_text(_SCRIPT)
-    return path
-
-
-def start(script: Path, nursery: str) -> subprocess.Popen[str]:
-    """As Ray starts a worker: a shell is given the command with the script's words behind it."""
+def start(nursery: str) -> subprocess.Popen[str]:
     pipe = subprocess.PIPE
-    environment = {**os.environ, NURSERY: nursery, PYTHON: sys.executable, "COLOUR": "red"}
-    command = ["bash", "-c", f"exec {REPLICA_PYTHON} {script} --answer 42"]
+    environment = {**os.environ, NURSERY: nursery, "COLOUR": "red"}
+    command = [sys.executable, "-m", "model.forked_python", "tests.told", "--answer", "42"]
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment, cwd=ROOT, text=True)
 
 
-def test_it_outlives_the_command_and_ends_as_pythons_do(script: Path) -> None:
-    with small_nursery(is_cpu=True) as (nursery, _), start(script, nursery) as launcher:
+def test_it_outlives_the_command_and_ends_as_pythons_do() -> None:
+    with small_nursery(is_cpu=True) as (nursery, _), start(nursery) as launcher:
         assert launcher.stdin is not None and launcher.stdout is not None and launcher.stderr is not None
         found = json.loads(launcher.stdout.readline())
         assert launcher.wait(10) == 0
         fork = psutil.Process(found["pid"])
         assert fork.pid != launcher.pid
         assert found == {
-            "name": "__main__",
-            "argv": [str(script), "--answer", "42"],
+            "argv": [str(TOLD), "--answer", "42"],
             "pid": fork.pid,
             "group": fork.pid,
             "colour": "red",
@@ -60,22 +41,22 @@ def test_it_outlives_the_command_and_ends_as_pythons_do(script: Path) -> None:
         fork.wait(10)
 
 
-def test_a_nursery_that_forks_no_scripts_leaves_it_to_python(script: Path) -> None:
+def test_a_nursery_that_forks_no_modules_leaves_it_to_python() -> None:
     with small_nursery(is_cpu=False) as (nursery, _):
-        assert "starts without it, and takes longer" in words_of_python(script, nursery)
+        assert "starts without it, and takes longer" in words_of_python(nursery)
 
 
-def test_without_a_nursery_it_is_python(script: Path) -> None:
-    assert words_of_python(script, "nobody") == "a word\n"
+def test_without_a_nursery_it_is_python() -> None:
+    assert words_of_python("nobody") == "a word\n"
 
 
-def words_of_python(script: Path, nursery: str) -> str:
-    """What the command says on stderr, after it has been seen to be the script itself."""
-    with start(script, nursery) as python:
+def words_of_python(nursery: str) -> str:
+    """What the command says on stderr, after it has been seen to be the module itself."""
+    with start(nursery) as python:
         assert python.stdin is not None and python.stdout is not None and python.stderr is not None
         found = json.loads(python.stdout.readline())
         assert found["pid"] == python.pid
-        assert found["argv"] == [str(script), "--answer", "42"]
+        assert found["argv"] == [str(TOLD), "--answer", "42"]
         python.stdin.write("3\n")
         python.stdin.close()
         assert python.stdout.read() == "farewell\n"

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 from collections.abc import Iterator
 
 import psutil
@@ -194,6 +195,38 @@ def test_without_a_node_s_nursery_a_replica_starts_its_own(monkeypatch):
         monkeypatch.setattr(client, "start_nursery", start)
         asyncio.run(life())
     assert len(started) == 1
+
+
+def test_a_node_s_nursery_that_ends_has_a_successor(monkeypatch, name, tmp_path):
+    monkeypatch.setattr(client, "_SUCCESSOR_LIMIT_S", 30.0)
+    monkeypatch.setattr(client, "_SHORTEST_LIFE_S", 0.0)
+    started: list[subprocess.Popen[bytes]] = []
+    is_stopping = threading.Event()
+
+    async def life() -> None:
+        forked = await fork()
+        forked.orders.close()
+        assert await forked.child.wait() == 0
+        forked.words.close()
+
+    with contextlib.ExitStack() as ends:
+
+        def start(name: str, _output: int) -> subprocess.Popen[bytes]:
+            started.append(ends.enter_context(small_nursery(_SETUP, name=name))[1])
+            return started[-1]
+
+        monkeypatch.setattr(client, "start_nursery", start)
+        client.keep_nursery(name, tmp_path / "log", is_stopping)
+        (keeper,) = (thread for thread in threading.enumerate() if thread.name == "nursery")
+        asyncio.run(life())
+        started[0].kill()
+        started[0].wait()
+        asyncio.run(life())
+        is_stopping.set()
+        started[1].kill()
+        keeper.join(10)
+        assert not keeper.is_alive()
+    assert len(started) == 2
 
 
 def test_one_that_cannot_start_is_told(monkeypatch):
