@@ -5,32 +5,26 @@ build_app(args) -> Engine x engines  --handles-->  ExpertRouter  <--  ExpertWork
                      --handle-->  Gatekeeper, where API keys are asked for
 """
 
-import dataclasses
 import os
 import uuid
 from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 from ray.serve.schema import LoggingConfig
 
-from cluster.config import Settings, parse_settings, to_args
-from cluster.errors import ConfigError
-from cluster.layout import check_engine_nodes, node_selector, per_node, replicas_of, shards_of
+from cluster.config import Settings, to_args
+from cluster.layout import node_selector, per_node, replicas_of, shards_of
 from cluster.routing import Role
 from deployments.engine import Engine
 from deployments.expert_router import ExpertRouter
 from deployments.expert_worker import ExpertWorker, WarmSpare
 from deployments.gatekeeper import Gatekeeper
-from deployments.models import check_licence, resolve_model
 from deployments.nursery import NURSERY, REPLICA_PYTHON
+from deployments.plan import make_plan
 from deployments.targets import experts_name
-from model.expert_weights import is_expert_tensor
-from model.integer_experts import loaded_bytes_per_stored
-from model.moe_spec import MoeSpec, inspect_checkpoint, read_header_or_raise, weight_files
 
 APP_NAME = "switchyard"
 ROUTER_NAME = "expert-router"
@@ -48,36 +42,6 @@ _ENGINE_CALLS = 10_000
 _START_TRIES = 3
 # What only answers calls ends this soon, long polls and all; workers and engines first finish what they have taken.
 _TELLERS_END_S = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What build_app is going to start.
-
-    spec is None for a dense model, which needs no workers; the sizes are those of the checkpoint's tensors on disk.
-    """
-
-    settings: Settings
-    spec: MoeSpec | None
-    checkpoint_bytes: int
-    expert_bytes: int
-
-
-def make_plan(args: Mapping[str, Any]) -> Plan:
-    """Check everything that can be checked without starting anything. Raises ConfigError, saying what to do."""
-    settings = parse_settings(args)
-    settings = dataclasses.replace(settings, model=str(resolve_model(settings.model)), served_model_name=settings.name)
-    check_licence(settings)
-    spec = inspect_checkpoint(settings.model, settings.dtype)
-    check_engine_nodes(settings)
-    if spec is not None:
-        if settings.layout is None and settings.workers > spec.num_experts:
-            raise ConfigError(
-                f"workers: is {settings.workers}, but the model has {spec.num_experts} experts per layer. "
-                f"Use at most {spec.num_experts}."
-            )
-        shards_of(settings, spec.num_layers, spec.num_experts)
-    return Plan(settings, spec, *_sizes(settings.model))
 
 
 def build_app(args: Mapping[str, Any]) -> Application:
@@ -127,19 +91,6 @@ def _worker_deployments(settings: Settings, shard: int, num_shards: int) -> Iter
     yield _deployment(ExpertWorker, experts_name(shard), replicas, gpus, _ROUTER_CALLS, nodes), Role.PRIMARY
     if has_shadow:
         yield _deployment(ExpertWorker, f"shadow-{shard}", 1, 0, _ROUTER_CALLS, shadow_nodes), Role.SHADOW
-
-
-def _sizes(model: str) -> tuple[int, int]:
-    """Bytes of all tensors of the checkpoint, and of its routed experts; integers count as what they are loaded as."""
-    total = experts = 0
-    for path in weight_files(Path(model)):
-        factor = loaded_bytes_per_stored(path)
-        for name, entry in read_header_or_raise(path).items():
-            low, high = cast(tuple[int, int], entry["data_offsets"])
-            num_bytes = (high - low) * (factor if entry["dtype"] == "I32" else 1)
-            total += num_bytes
-            experts += num_bytes * is_expert_tensor(name)
-    return total, experts
 
 
 def _deployment(

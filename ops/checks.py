@@ -11,7 +11,7 @@ from cluster.layout import all_nodes, copies, num_workers, reserved_gpus
 from cluster.planner import ENGINE_PROCESS_BYTES, RAY_BYTES, WORKER_PROCESS_BYTES
 
 if TYPE_CHECKING:
-    from deployments.app import Plan
+    from deployments.plan import Plan
 
 _GIB = 1 << 30
 

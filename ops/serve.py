@@ -133,9 +133,9 @@ def _serve(
 ) -> int:
     from ops.local_ray import LocalRay
 
+    plan = _checked_plan(config, is_alone=node is None)
     ray = LocalRay(node)
     try:
-        plan = _checked_plan(config, is_alone=node is None)
         say(f"starting Ray for {describe(plan)}")
         ray.start(
             http_host=config.host,
@@ -196,8 +196,8 @@ def base_url(config: ServeConfig) -> str:
 
 def _checked_plan(config: ServeConfig, is_alone: bool) -> Any:
     """Everything that can be known to fail, before anything is started. Raises ConfigError."""
-    from deployments.app import make_plan
     from deployments.machine import node_name
+    from deployments.plan import make_plan
     from ops.checks import check_compiler, check_gpus, check_memory, check_nodes
 
     plan = make_plan(config.args)

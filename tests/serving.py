@@ -122,7 +122,7 @@ def main(port: int) -> None:
 def _deploy(port: int, args: dict[str, Any]) -> str:
     from ray import serve
 
-    from deployments.app import make_plan
+    from deployments.plan import make_plan
     from ops.serve_config import ServeConfig
     from ops.startup import Startup
 
@@ -148,8 +148,8 @@ def _control(port: int, method: str, **arguments: Any) -> Any:
 
 def _console(port: int, args: dict[str, Any]) -> str:
     """A link to the console of what is deployed."""
-    from deployments.app import make_plan
     from deployments.control import Control
+    from deployments.plan import make_plan
     from ops.about import about
     from ops.api_server import ApiServer
 

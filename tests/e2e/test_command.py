@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import io
 import json
 import os
 import re
@@ -23,6 +24,7 @@ import pytest
 from cluster.errors import LicenceNotAccepted
 from cluster.tls import make_certificate
 from deployments.app import build_app
+from ops.cli import main
 from ops.ports import check_port, free_ports
 from tests.golden import GOLDENS
 
@@ -36,6 +38,20 @@ def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProc
     return subprocess.run(
         [*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=180, cwd=cwd or "/", check=False
     )
+
+
+def run_here(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The same in this process, which has imported everything: for commands that end before anything is started."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        try:
+            status = main([*map(str, arguments)])
+        except SystemExit as end:  # argparse's
+            status = int(end.code or 0)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return subprocess.CompletedProcess(arguments, status, stdout.getvalue(), stderr.getvalue())
 
 
 def test_version_and_help():
@@ -66,7 +82,7 @@ def listening() -> Iterator[int]:
     ],
 )
 def test_mistakes_are_explained_in_a_paragraph(arguments, words):
-    done = run("serve", *arguments)
+    done = run_here("serve", *arguments)
     assert done.returncode == 2
     assert words in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
@@ -82,7 +98,7 @@ def test_grok2_is_refused_until_its_licence_is_accepted(tmp_path):
     with pytest.raises(LicenceNotAccepted):
         build_app({"model": str(tmp_path / "grok-2")})  # what `serve run` calls
     # Accepted, it is the next check that stops it.
-    accepted = run("serve", "--model", tmp_path / "grok-2", "--accept-license", "--workers", "9")
+    accepted = run_here("serve", "--model", tmp_path / "grok-2", "--accept-license", "--workers", "9")
     assert accepted.returncode == 2 and "Use at most 8" in accepted.stderr
 
 

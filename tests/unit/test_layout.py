@@ -19,8 +19,9 @@ from cluster.layout import (
 )
 from cluster.registry import Registry
 from cluster.routing import RoutingTable
-from deployments.app import build_app, make_plan
+from deployments.app import build_app
 from deployments.cores import worker_cores
+from deployments.plan import make_plan
 from ops.checks import check_nodes
 from tests.golden import GOLDENS
 
