@@ -196,7 +196,7 @@ class Registry:
             del self._workers[name]
         for name, engine in list(self._engines.items()):
             if now_s - engine.heard_s > self._lost_after_s:
-                self.engine_left(name, f"no heartbeat for {self._lost_after_s:g} s", now_s)
+                self.engine_left(name, f"no heartbeat for {self._lost_after_s:g} s", now_s, is_lost=True)
         for name, spare in list(self._spares.items()):
             if now_s - spare.heard_s > self._lost_after_s:
                 del self._spares[name]
@@ -322,9 +322,10 @@ class Registry:
         faults |= {name: engine.fault for name, engine in self._engines.items()}
         return [{"subject": name, "ok": not fault, "text": fault} for name, fault in sorted(faults.items())]
 
-    def engine_left(self, engine_id: str, why: str, now_s: float) -> None:
+    def engine_left(self, engine_id: str, why: str, now_s: float, *, is_lost: bool) -> None:
+        """It has ended, as it was asked to or because it could not go on."""
         if self._engines.pop(engine_id, None) is not None:
-            self.note("engine_lost", engine_id, why, now_s)
+            self.note("engine_lost" if is_lost else "engine_left", engine_id, why, now_s)
 
     # -- what people see ------------------------------------------------------------------------------------------
 

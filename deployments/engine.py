@@ -144,10 +144,10 @@ class TableLink:
     def is_broken(self) -> bool:
         return any(task.done() for task in self.tasks)
 
-    def close(self, why: str) -> None:
+    def close(self, why: str, *, is_lost: bool) -> None:
         for task in self.tasks:
             task.cancel()
-        self._router.engine_left.remote(self._engine_id, why)
+        self._router.engine_left.remote(self._engine_id, why, is_lost)
         self._feed.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -169,6 +169,7 @@ class EngineReplica:
         self._shared_memory: frozenset[str] = frozenset()
         self._link: TableLink | None = None
         self._open_requests: OpenRequests | None = None
+        self._ending: asyncio.Task[None] | None = None
         self._router = router
         self._attribution = attribution_of(settings.model)
         self._shortage = Shortage(asyncio.get_running_loop())
@@ -232,7 +233,7 @@ class EngineReplica:
         logger.error("%s: vLLM's engine is dead; the replica ends", self._id)
         self._engine.fail_open_requests()
         if self._link is not None:
-            self._link.close("vLLM's engine is dead")
+            self._link.close("vLLM's engine is dead", is_lost=True)
         await asyncio.sleep(_LAST_WORDS_S)
         # Until Serve has noticed, requests still come here; each of them gets its answer.
         if self._open_requests is not None:
@@ -253,6 +254,8 @@ class EngineReplica:
 
     async def __del__(self) -> None:
         """Serve calls this once at the end of a graceful stop."""
+        if self._ending is not None:
+            self._ending.cancel()  # its processes end now because they are told to
         if self._engine is not None:
             with contextlib.suppress(Exception):
                 await asyncio.to_thread(self._engine.shutdown)
@@ -260,7 +263,7 @@ class EngineReplica:
         if self._gate is not None:
             self._gate.close()
         if self._link is not None:
-            self._link.close("stopped")
+            self._link.close("stopped", is_lost=False)
 
     def _report(self, stage: str) -> None:
         logger.info("%s: %s", self._id, stage)

@@ -201,9 +201,9 @@ class ExpertRouter:
         """An engine has done that integrity check; `fault` is empty when all is well."""
         self._registry.engine_checked(engine_id, number, fault)
 
-    async def engine_left(self, engine_id: str, why: str) -> None:
-        """An engine has ended."""
-        self._registry.engine_left(engine_id, why, time.monotonic())
+    async def engine_left(self, engine_id: str, why: str, is_lost: bool) -> None:
+        """An engine has ended; is_lost: nobody has asked it to."""
+        self._registry.engine_left(engine_id, why, time.monotonic(), is_lost=is_lost)
 
     async def accused(self, engine_id: str, replica_id: str, cause: str) -> None:
         """An engine suspects a worker; `cause` is the value of a blame.Cause."""

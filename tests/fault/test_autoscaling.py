@@ -51,5 +51,8 @@ def test_shards_and_engines_follow_the_load(serving: Serving):
     assert ask(serving).text == undisturbed.text, "the first request starts an engine, and waits for it"
     assert load.errors == []
     assert {answer.text for answer in load.answers} == {undisturbed.text}
-    scaled = [event["text"] for event in status(serving)["events"] if event["kind"] == "scaled"]
+    events = status(serving)["events"]
+    kinds = [event["kind"] for event in events]
+    assert "engine_left" in kinds and "engine_lost" not in kinds
+    scaled = [event["text"] for event in events if event["kind"] == "scaled"]
     assert any("1 -> 2 replicas, busy" in text for text in scaled) and any("2 -> 1" in text for text in scaled)

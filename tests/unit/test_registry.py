@@ -227,6 +227,10 @@ def test_engines_come_stall_go_and_are_lost():
     assert registry.status(9.0)["engines"] == []
     engine_kinds = [kind for kind in cluster.kinds() if kind.startswith(("engine", "stall"))]
     assert engine_kinds == ["engine_started", "engine_ready", "stall_began", "stall_ended", "engine_lost"]
+    registry.engine_heartbeat("engine-2", 6, "node", "ready", 10.0)
+    registry.engine_left("engine-2", "stopped", 11.0, is_lost=False)
+    registry.engine_left("engine-2", "no heartbeat", 12.0, is_lost=True)
+    assert cluster.kinds()[-1] == "engine_left"
 
 
 def test_what_happens_is_told_from_what_only_varies():
