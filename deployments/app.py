@@ -40,6 +40,7 @@ _ROUTER_CALLS = 10_000
 _ENGINE_CALLS = 10_000
 # A start that failed three times will fail again.
 _START_TRIES = 3
+_LOAD_EVERY_S = 1.0
 # What only answers calls ends this soon, long polls and all; workers and engines first finish what they have taken.
 _TELLERS_END_S = 1
 
@@ -140,6 +141,8 @@ def _scaled(engine: Any, settings: Settings) -> Any:
             target_ongoing_requests=wanted.target_ongoing_requests,
             upscale_delay_s=wanted.upscale_delay_s,
             downscale_delay_s=wanted.downscale_delay_s,
+            # Serve's ten seconds would come on top of the delays, for a request that finds no engine too.
+            metrics_interval_s=_LOAD_EVERY_S,
         ),
     )
 
