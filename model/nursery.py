@@ -124,6 +124,7 @@ class Nursery:
                     self._selector.unregister(self._watched_fd)
                     self._is_ending = True  # clients that outlive it have their forks until they end
                 else:
+                    assert isinstance(key.fileobj, socket.socket), "a client's"
                     self._orphan(key.fileobj)
             self._bury()
             self._kill_orphans()
@@ -198,11 +199,11 @@ class Nursery:
         for each in (self._listener, self._deaths, self._death_bell, connection, *others):
             each.close()
 
-    def _orphan(self, connection: object) -> None:
+    def _orphan(self, connection: socket.socket) -> None:
         for fork in self._forks.values():
-            if fork.connection is not None and fork.connection is connection:
+            if fork.connection is connection:
                 fork.orphaned_at_s = time.monotonic()
-                self._selector.unregister(fork.connection)
+                self._selector.unregister(connection)
 
     def _bury(self) -> None:
         while self._forks:
