@@ -12,7 +12,8 @@ connection is one fork's life:
     nursery   {"pid": n} with one descriptor, a pidfd of the fork (pidfd_open(2)); then, when it has ended,
               {"status": n}, as subprocess.Popen.returncode has it
 A client that closes the connection, or dies, has no fork: what is left of it after some seconds is killed. Only a
-module is nobody's, and lives as long as it likes. Or the connection is one question: {"forks_of": pid} is answered
+module is nobody's, and lives as long as it likes; it answers by itself, so a client without an answer has none, and may
+be the module in its place. Or the connection is one question: {"forks_of": pid} is answered
 {"forks": [pid, ..]}, the forks that live and that this process has asked for.
 
 Forking is safe while this process has one thread: it computes nothing, and what its libraries start is counted.
@@ -170,23 +171,25 @@ class Nursery:
         client = peer(connection).pid
         pid = os.fork()
         if pid == 0:
+            if is_free:
+                try:
+                    _answer(connection, os.getpid())
+                except OSError:
+                    os._exit(1)  # nobody asks for it any more
             self._forget(connection)
             for number, descriptor in enumerate(standard):
                 os.dup2(descriptor, number)
             os.environ.clear()
             os.environ.update(environment)
             return True
-        pidfd = os.pidfd_open(pid)  # it is not reaped before _bury, so this is that process and no other
-        self._forks[pid] = _Fork(None, None) if is_free else _Fork(connection, client)
-        try:
-            with contextlib.suppress(OSError):  # a client that has left is noticed by its connection
-                socket.send_fds(connection, [json.dumps({"pid": pid}).encode() + b"\n"], [pidfd])
-        finally:
-            os.close(pidfd)
         if is_free:
+            self._forks[pid] = _Fork(None, None)
             connection.close()
-        else:
-            self._selector.register(connection, selectors.EVENT_READ)
+            return False
+        self._forks[pid] = _Fork(connection, client)
+        self._selector.register(connection, selectors.EVENT_READ)
+        with contextlib.suppress(OSError):  # a client that has left is noticed by its connection
+            _answer(connection, pid)  # it is not reaped before _bury, so this is that process and no other
         return False
 
     def _forget(self, connection: socket.socket) -> None:
@@ -248,6 +251,14 @@ def _be_a_module(arguments: Sequence[str], _descriptors: Sequence[int]) -> int:
 
     setproctitle(" ".join(["python", "-m", *arguments]))
     return forked_python.run(arguments)
+
+
+def _answer(connection: socket.socket, pid: int) -> None:
+    pidfd = os.pidfd_open(pid)
+    try:
+        socket.send_fds(connection, [json.dumps({"pid": pid}).encode() + b"\n"], [pidfd])
+    finally:
+        os.close(pidfd)
 
 
 def _receive(connection: socket.socket, descriptors: list[int]) -> dict[str, Any]:

@@ -62,7 +62,8 @@ def ask(
         request = {"work": work, "arguments": list(arguments), "environment": dict(environment)}
         message = json.dumps(request).encode() + b"\n"
         sent = socket.send_fds(connection, [message], descriptors)
-        connection.sendall(message[sent:])
+        if sent < len(message):  # of a whole one the nursery may be done with the connection by now
+            connection.sendall(message[sent:])
         answer, received, _, _ = socket.recv_fds(connection, _LONGEST_ANSWER_BYTES, 1)
         if not answer:
             raise NurseryFailed("the nursery refused to start a process; its own words are in its log")
