@@ -52,7 +52,8 @@ def test_an_answer_counts_even_if_the_nursery_is_done_before_the_client(monkeypa
     def send_and_be_answered(*arguments):
         sent = send_fds(*arguments)
         with theirs:
-            send_fds(theirs, [b'{"pid": 42}\n'], [theirs.fileno()])
+            send_fds(theirs, [b'{"pid": 42}\n'], [2])
+            theirs.recv(1 << 20)
         return sent
 
     monkeypatch.setattr(socket, "send_fds", send_and_be_answered)
