@@ -122,17 +122,18 @@ def _connect() -> socket.socket:
             return connection
     name = nursery_name()
     _own = (name, start_nursery(name))
-    end_s = time.monotonic() + _START_LIMIT_S
-    while (connection := connect(name)) is None:
-        if _own[1].poll() is not None or time.monotonic() > end_s:
-            raise NurseryFailed("the nursery of worker processes did not start; its own words are in this log")
-        time.sleep(_TRY_EVERY_S)
+    connection = _connect_within(_START_LIMIT_S, name, _own[1])
+    if connection is None:
+        raise NurseryFailed("the nursery of worker processes did not start; its own words are in this log")
     return connection
 
 
-def _connect_within(limit_s: float, name: str) -> socket.socket | None:
+def _connect_within(limit_s: float, name: str, starting: subprocess.Popen[bytes] | None = None) -> socket.socket | None:
+    """Connected to that nursery; None when time is up, or the one that is starting has ended."""
     end_s = time.monotonic() + limit_s
-    while (connection := connect(name)) is None and time.monotonic() < end_s:
+    while (connection := connect(name)) is None:
+        if time.monotonic() >= end_s or (starting is not None and starting.poll() is not None):
+            return None
         time.sleep(_TRY_EVERY_S)
     return connection
 

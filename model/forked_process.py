@@ -9,7 +9,6 @@ descriptors that its arguments carry travel along. On GPUs vLLM's own way stays:
 devices were never tried.
 """
 
-import atexit
 import contextlib
 import io
 import json
@@ -17,7 +16,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Sequence
 from multiprocessing import (
@@ -156,11 +154,7 @@ def run(descriptors: Sequence[int]) -> int:
 
         start_kernel_threads([int(core) for core in cores.split()])
     message, parent = os.dup(0), os.dup(0)
-    status = spawn._main(message, parent)
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    return int(status)
+    return int(spawn._main(message, parent))
 
 
 def _close(ours: int, sentinel: int, nursery: socket.socket) -> None:

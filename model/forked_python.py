@@ -5,7 +5,6 @@ and more what the nursery has imported already (model/nursery.py). Without a nur
 becomes the Python that was asked for. It does not wait for the fork, whose pid is not its own.
 """
 
-import atexit
 import os
 import runpy
 import socket
@@ -37,15 +36,11 @@ def run(arguments: Sequence[str]) -> int:
     """In the fork: be that module. Returns its exit status."""
     os.setsid()  # whoever signals its group means nobody else
     sys.argv = list(arguments)
-    status = 0
     try:
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
     except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(end.code is not None)
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    return status
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
 
 
 if __name__ == "__main__":

@@ -9,16 +9,16 @@ connection is one fork's life:
     client    {"work": "worker", "process" or "module", "arguments": [..], "environment": {..}} with the fork's
               descriptors: stdin, stdout, stderr, and for a process of multiprocessing those that it inherits
               (model/forked_process.py); the arguments are a module's, its name first (model/forked_python.py)
-    nursery   {"pid": n} with one descriptor, a pidfd of the fork (pidfd_open(2)); then, when it has ended,
-              {"status": n}, as subprocess.Popen.returncode has it
+    fork      {"pid": n} with one descriptor, its pidfd (pidfd_open(2)); so a client without an answer has no fork
+    nursery   when it has ended {"status": n}, as subprocess.Popen.returncode has it
 A client that closes the connection, or dies, has no fork: what is left of it after some seconds is killed. Only a
-module is nobody's, and lives as long as it likes; it answers by itself, so a client without an answer has none, and may
-be the module in its place. Or the connection is one question: {"forks_of": pid} is answered
+module is nobody's, and lives as long as it likes. Or the connection is one question: {"forks_of": pid} is answered
 {"forks": [pid, ..]}, the forks that live and that this process has asked for.
 
 Forking is safe while this process has one thread: it computes nothing, and what its libraries start is counted.
 """
 
+import atexit
 import contextlib
 import functools
 import gc
@@ -171,11 +171,7 @@ class Nursery:
         client = peer(connection).pid
         pid = os.fork()
         if pid == 0:
-            if is_free:
-                try:
-                    _answer(connection, os.getpid())
-                except OSError:
-                    os._exit(1)  # nobody asks for it any more
+            _answer(connection)
             self._forget(connection)
             for number, descriptor in enumerate(standard):
                 os.dup2(descriptor, number)
@@ -185,11 +181,9 @@ class Nursery:
         if is_free:
             self._forks[pid] = _Fork(None, None)
             connection.close()
-            return False
-        self._forks[pid] = _Fork(connection, client)
-        self._selector.register(connection, selectors.EVENT_READ)
-        with contextlib.suppress(OSError):  # a client that has left is noticed by its connection
-            _answer(connection, pid)  # it is not reaped before _bury, so this is that process and no other
+        else:
+            self._forks[pid] = _Fork(connection, client)
+            self._selector.register(connection, selectors.EVENT_READ)
         return False
 
     def _forget(self, connection: socket.socket) -> None:
@@ -243,22 +237,33 @@ def _be_a_process(_arguments: Sequence[str], descriptors: Sequence[int]) -> int:
     from model import forked_process
 
     setproctitle("switchyard: engine process")
-    return forked_process.run(descriptors)
+    return _ended(forked_process.run(descriptors))
 
 
 def _be_a_module(arguments: Sequence[str], _descriptors: Sequence[int]) -> int:
     from model import forked_python
 
     setproctitle(" ".join(["python", "-m", *arguments]))
-    return forked_python.run(arguments)
+    return _ended(forked_python.run(arguments))
 
 
-def _answer(connection: socket.socket, pid: int) -> None:
+def _ended(status: int) -> int:
+    """What a Python does at its end, for those that leave by os._exit()."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    return status
+
+
+def _answer(connection: socket.socket) -> None:
+    """In the fork: tell the client of it. Where nobody asks any more, it ends."""
+    pid = os.getpid()
     pidfd = os.pidfd_open(pid)
     try:
         socket.send_fds(connection, [json.dumps({"pid": pid}).encode() + b"\n"], [pidfd])
-    finally:
-        os.close(pidfd)
+    except OSError:
+        os._exit(1)
+    os.close(pidfd)
 
 
 def _receive(connection: socket.socket, descriptors: list[int]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from tests.serving import Serving
 
 @pytest.fixture(scope="package")
 def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """For vLLM in the test's own process, and in scripts."""
+    """For vLLM in the test's own process, and in modules that it runs."""
     with nursery_of_tests(tmp_path_factory.mktemp("nursery") / "log"):
         yield
 

@@ -49,8 +49,9 @@ def run_here(*arguments: object) -> subprocess.CompletedProcess[str]:
             status = main([*map(str, arguments)])
         except SystemExit as end:  # argparse's
             status = int(end.code or 0)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     return subprocess.CompletedProcess(arguments, status, stdout.getvalue(), stderr.getvalue())
 
 
